@@ -1,0 +1,440 @@
+"""Which modules to watch, and how what they put out becomes feature maps (B, C, H, W).
+
+A `Probe` names a module and the side of it to tap.  `choose_probes` turns ``"blocks"``, ``"sublayers"``,
+``"stages"`` or glob patterns into probes by the structure of the model; `Recorder` hooks them, reads the
+form of each output (tokens with a prefix, channels first or last) from the tensor and from what the model
+says of itself, reduces it inside the hook, and leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import FourierBiasError
+from .spectra import tokens_to_maps
+
+CHOICES = ("blocks", "sublayers", "stages")
+KINDS = ("conv", "attention", "mlp", "pool", "embed", "other")
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+# Names that timm gives the token-mixing half of a residual block; the other half is its `mlp`.
+_MIXERS = ("attn", "token_mixer", "mlp_tokens", "mixer", "attention", "self_attn")
+_MLPS = ("mlp", "mlp_channels", "ffn")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A point of the network to watch: the output of ``module``, or its first input.
+
+    ``name`` is the layer's name in the results: the module's path for an output, ``"blocks.0:attn"`` for
+    the state after a residual sublayer.
+    """
+
+    name: str
+    module: str
+    kind: str
+    side: str = "output"
+
+
+@dataclass(frozen=True)
+class Form:
+    """How to view an output tensor as (B, C, H, W): ``layout`` NCHW, NHWC, NLC (tokens) or NCL."""
+
+    layout: str
+    height: int
+    width: int
+    prefix: int = 0
+
+    def view(self, x: Tensor) -> Tensor:
+        """``x`` as feature maps (B, C, H, W), without a copy; prefix tokens dropped."""
+        if self.layout == "NHWC":
+            return x.permute(0, 3, 1, 2)
+        if self.layout == "NLC":
+            return tokens_to_maps(x[:, self.prefix :], (self.height, self.width))
+        if self.layout == "NCL":
+            return x[:, :, self.prefix :].unflatten(2, (self.height, self.width))
+        return x
+
+
+@dataclass
+class Layer:
+    """A watched point as it was met: its place in the order of execution and the shape of its maps."""
+
+    name: str
+    kind: str
+    index: int
+    channels: int
+    height: int
+    width: int
+    stride: float
+    attrs: dict[str, Any] = field(default_factory=dict)
+
+
+def choose_probes(model: nn.Module, layers: str | Sequence[str] = "blocks") -> list[Probe]:
+    """The probes that ``layers`` names on ``model``.
+
+    ``"blocks"``: every residual or transformer block; ``"sublayers"``: for blocks with a token mixer and
+    an MLP the state after each residual (Park & Kim's points), whole blocks elsewhere; ``"stages"``: what
+    timm lists in ``feature_info``; otherwise one or more glob patterns on module names (a pattern without
+    wildcard is a name).  Raises `FourierBiasError` for a pattern that matches nothing.
+
+    >>> import timm
+    >>> [p.name for p in choose_probes(timm.create_model("test_vit"), "sublayers")][:2]
+    ['blocks.0:attn', 'blocks.0:mlp']
+    """
+    if isinstance(layers, str) and layers in CHOICES:
+        chooser = {"blocks": _block_probes, "sublayers": _sublayer_probes, "stages": _stage_probes}[layers]
+        probes = chooser(model)
+    else:
+        probes = _pattern_probes(model, [layers] if isinstance(layers, str) else list(layers))
+    return probes
+
+
+def kind_of(module: nn.Module) -> str:
+    """What a module does: conv, attention, mlp, pool, embed, or other.
+
+    A block that holds attention is ``"attention"`` whatever else it holds; a module may say its own kind
+    in an attribute ``fourierbias_kind``.
+    """
+    declared = [m.fourierbias_kind for m in module.modules() if hasattr(m, "fourierbias_kind")]
+    if hasattr(module, "fourierbias_kind"):
+        return module.fourierbias_kind
+    if "attention" in declared or any(_is_attention(m) for m in module.modules()):
+        return "attention"
+    own = type(module).__name__
+    if re.search(r"pool|downsampl|patchmerging", own, re.I):
+        return "pool"
+    if re.search(r"embed|stem", own, re.I):
+        return "embed"
+    parts = [m for m in module.modules() if next(m.parameters(recurse=False), None) is not None]
+    if any(isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1 for m in parts) or "conv" in declared:
+        return "conv"
+    if any(isinstance(m, nn.Linear | nn.Conv2d) for m in parts):
+        return "mlp" if "mlp" in own.lower() or any(isinstance(m, nn.Linear) for m in parts) else "conv"
+    return "other"
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """Spatial self-attention by its class's name; gates over channels are called attention too, and are not."""
+    name = type(module).__name__
+    if re.search(r"channel|spatialattn|squeeze|eca|cbam|splitattn|pool|radix|ge?c|drop", name, re.I):
+        return False
+    return bool(re.search(r"atten|attn|gpsa|mhsa|mhca", name, re.I))
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(p.ndim >= 2 for p in module.parameters())
+
+
+def _blocks(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Innermost repeated composites: members of a Sequential or ModuleList with two or more weights each.
+
+    A member that itself holds such a list (a stage) is entered, not taken.
+    """
+    for name, child in model.named_children():
+        path = f"{prefix}{name}"
+        inner = list(_blocks(child, f"{path}."))
+        if inner:
+            yield from inner
+        elif isinstance(model, _CONTAINERS) and not isinstance(child, _CONTAINERS) and _weights(child) >= 2:
+            yield path, child
+
+
+def _block_probes(model: nn.Module) -> list[Probe]:
+    blocks = list(_blocks(model))
+    if len(blocks) < 2:
+        return _stage_probes(model)
+    return [Probe(path, path, kind_of(block)) for path, block in blocks]
+
+
+def _sublayer_probes(model: nn.Module) -> list[Probe]:
+    probes: list[Probe] = []
+    split: list[str] = []
+    for path, module in model.named_modules():
+        children = dict(module.named_children())
+        mixer = next((name for name in _MIXERS if name in children), None)
+        mlp = next((name for name in _MLPS if name in children), None)
+        if mixer is None or mlp is None or isinstance(module, _CONTAINERS):
+            continue
+        after = _after_mixer(list(children), mixer, mlp)
+        if after is None:
+            continue
+        split.append(path)
+        mixer_kind = getattr(module, "mixer_kind", None) or kind_of(children[mixer])
+        probes.append(Probe(f"{path}:{mixer}", f"{path}.{after}", mixer_kind, side="input"))
+        probes.append(Probe(f"{path}:{mlp}", path, "mlp"))
+    whole = [p for p in _block_probes(model) if not any(_related(p.module, path) for path in split)]
+    return whole + probes
+
+
+def _after_mixer(children: Sequence[str], mixer: str, mlp: str) -> str | None:
+    """Child whose input is the state after the mixer's residual, from the order the block declares.
+
+    Pre-norm: the norm between mixer and MLP.  Post-norm (no norm before the mixer): the MLP itself.
+    None where the two run side by side.
+    """
+    order = list(children)
+    if order.index(mixer) > order.index(mlp):
+        return None
+    before, between = order[: order.index(mixer)], order[order.index(mixer) + 1 : order.index(mlp)]
+    norms = [name for name in between if "norm" in name]
+    if any("norm" in name for name in before):
+        return norms[-1] if norms else None
+    return mlp
+
+
+def _related(a: str, b: str) -> bool:
+    return a == b or a.startswith(f"{b}.") or b.startswith(f"{a}.")
+
+
+def _stage_probes(model: nn.Module) -> list[Probe]:
+    modules = dict(model.named_modules())
+    infos = getattr(model, "feature_info", None) or []
+    names = [info["module"] for info in (infos if isinstance(infos, list) else infos.get_dicts())]
+    probes = [Probe(name, name, kind_of(modules[name])) for name in dict.fromkeys(names) if name in modules]
+    if probes:
+        return probes
+    found = [(n, m) for n, m in model.named_children() if _weights(m)] or [("", model)]
+    return [Probe(name, name, kind_of(module)) for name, module in found]
+
+
+def _pattern_probes(model: nn.Module, patterns: Sequence[str]) -> list[Probe]:
+    modules = {name: module for name, module in model.named_modules() if name}
+    chosen: dict[str, nn.Module] = {}
+    for pattern in patterns:
+        matches = [name for name in modules if fnmatch.fnmatchcase(name, pattern)]
+        if not matches:
+            near = get_close_matches(pattern, modules, n=3, cutoff=0.3) or list(modules)[:3]
+            raise FourierBiasError(
+                f"layers {pattern!r} matches no module of this model: try {', '.join(near)}, or "
+                f"{', '.join(CHOICES)}"
+            )
+        chosen |= {name: modules[name] for name in matches}
+    return [Probe(name, name, kind_of(module)) for name, module in chosen.items()]
+
+
+class Recorder:
+    """Context manager that watches ``probes`` on ``model`` and reduces their maps inside the hooks.
+
+    ``reduce(layer, maps)`` is called with each map tensor (B, C, H, W), a view of the live output: it must
+    not keep it.  Its result lands in ``values[layer.name]`` until `take` is called.  ``layers`` fills in the
+    order of execution, ``skipped`` with a reason for each probe that gave no map.  On exit hooks are gone and
+    every module is back in the mode it was in, also after an exception.
+
+    A module called several times in one forward counts once, by its last call, unless ``calls="each"``,
+    which names the later ones ``name#2``, ``name#3``, …  With ``widen`` a block whose output is no map (it works
+    on windows or patches) gives way to the smallest module around it whose output is one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        probes: Sequence[Probe],
+        reduce: Callable[[Layer, Tensor], Any],
+        *,
+        input_size: tuple[int, int],
+        calls: str = "last",
+        widen: bool = False,
+    ) -> None:
+        if calls not in ("last", "each"):
+            raise FourierBiasError(f"calls={calls!r} is not known: use 'last' or 'each'")
+        self.model, self.probes, self.reduce, self.calls = model, list(probes), reduce, calls
+        self.input_size = input_size
+        self.widen = widen
+        self.layers: dict[str, Layer] = {}
+        self.skipped: dict[str, str] = {}
+        self.repeated: dict[str, int] = {}
+        self.values: dict[str, Any] = {}
+        self._forms: dict[tuple[str, tuple[int, ...]], Form | str] = {}
+        self._counts: dict[str, int] = {}
+        self._batch = 0
+        self._grids = _model_grids(model, input_size)
+        self._prefix = getattr(model, "num_prefix_tokens", None)
+
+    def __enter__(self) -> Recorder:
+        self._modules = dict(self.model.named_modules())
+        self._modes = [(module, module.training) for module in self._modules.values()]
+        self.model.eval()
+        self._attach()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._detach()
+        for module, training in self._modes:
+            module.training = training
+
+    def forward(self, images: Tensor) -> dict[str, Any]:
+        """Run ``model`` on ``images`` (B, C, H, W) and return what ``reduce`` made of each layer."""
+        self._run(images)
+        while self.widen and self._widen_skipped():
+            self._run(images)
+        self.widen = False  # settled by the first batch
+        values, self.values = self.values, {}
+        return values
+
+    def _run(self, images: Tensor) -> None:
+        self._batch, self._counts, self.values = len(images), {}, {}
+        self.model(images)
+
+    def _attach(self) -> None:
+        self._handles = [self._hook(self._modules[probe.module], probe) for probe in self.probes]
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _widen_skipped(self) -> bool:
+        """Put the enclosing module in place of each probe that gave no map; whether anything changed."""
+        around = {p.name: self._enclosing(p) for p in self.probes if p.name in self.skipped}
+        if not any(around.values()):
+            return False
+        widened = {probe.name: around.get(probe.name) or probe for probe in self.probes}
+        self._detach()
+        self.probes = list({probe.name: probe for probe in widened.values()}.values())
+        self.layers, self.skipped = {}, {}
+        self._attach()
+        return True
+
+    def _enclosing(self, probe: Probe) -> Probe | None:
+        path = probe.module.rpartition(".")[0]
+        while path and isinstance(self._modules[path], _CONTAINERS):
+            path = path.rpartition(".")[0]
+        return Probe(path, path, kind_of(self._modules[path])) if path else None
+
+    def _hook(self, module: nn.Module, probe: Probe) -> torch.utils.hooks.RemovableHandle:
+        if probe.side == "input":
+            return module.register_forward_pre_hook(
+                lambda _, args: self._see(probe, args[0] if args else None)
+            )
+        return module.register_forward_hook(lambda _, __, output: self._see(probe, output))
+
+    def _see(self, probe: Probe, output: Any) -> None:
+        count = self._counts[probe.name] = self._counts.get(probe.name, 0) + 1
+        name = probe.name
+        if count > 1:
+            self.repeated[name] = max(count, self.repeated.get(name, 0))
+            name = name if self.calls == "last" else f"{name}#{count}"
+        tensor, form = self._interpret(output)
+        if isinstance(form, str):
+            if name not in self.layers:
+                self.skipped[name] = form
+            return
+        maps = form.view(tensor.detach())
+        layer = self.layers.get(name) or self._new_layer(name, probe.kind, maps)
+        if (layer.channels, layer.height, layer.width) != tuple(maps.shape[1:]):
+            raise FourierBiasError(
+                f"layer {name} gave maps of {tuple(maps.shape[1:])} after {layer.channels}×{layer.height}×"
+                f"{layer.width}: images must share one size"
+            )
+        self.values[name] = self.reduce(layer, maps)
+
+    def _new_layer(self, name: str, kind: str, maps: Tensor) -> Layer:
+        _, channels, height, width = maps.shape
+        stride = self.input_size[0] / height
+        self.skipped.pop(name, None)
+        layer = self.layers[name] = Layer(name, kind, len(self.layers), channels, height, width, stride)
+        return layer
+
+    def _interpret(self, output: Any) -> tuple[Tensor | None, Form | str]:
+        """The first tensor in ``output`` that is a map, and its form; or why there is none."""
+        reason = "its output holds no tensor"
+        for tensor in _tensors(output):
+            key = tuple(tensor.shape)
+            form = self._forms.get(key)
+            if form is None:
+                form = self._forms[key] = self._form(tensor)
+            if isinstance(form, Form):
+                return tensor, form
+            reason = form
+        return None, reason
+
+    def _form(self, x: Tensor) -> Form | str:
+        shape = tuple(x.shape)
+        if not x.is_floating_point():
+            return f"its output is {x.dtype}, not a feature map"
+        if x.ndim not in (3, 4) or 0 in shape:
+            return f"an output of shape {shape} is not a spatial map"
+        if shape[0] != self._batch:
+            return f"an output of shape {shape} is not one map per image (windows or patches in the batch)"
+        return self._map_form(shape) if x.ndim == 4 else self._token_form(shape)
+
+    def _map_form(self, shape: tuple[int, ...]) -> Form | str:
+        _, a, b, c = shape
+        first, last = self._fits(b, c), self._fits(a, b)
+        nhwc_model = str(getattr(self.model, "output_fmt", "NCHW")).endswith("NHWC")
+        if last and (nhwc_model or not first):
+            return Form("NHWC", a, b)
+        if first:
+            return Form("NCHW", b, c)
+        return f"an output of shape {shape} has no side that fits the {self._size_text()} input"
+
+    def _fits(self, height: int, width: int) -> bool:
+        """Whether a grid can be the input, downscaled: both sides reduced by the same factor, up to rounding."""
+        image_h, image_w = self.input_size
+        return (
+            height <= image_h
+            and width <= image_w
+            and abs(height / image_h - width / image_w) < max(1 / image_h, 1 / image_w) * 1.5
+        )
+
+    def _token_form(self, shape: tuple[int, ...]) -> Form | str:
+        for layout, length in (("NLC", shape[1]), ("NCL", shape[2])):
+            for height, width in self._grids:
+                prefix = length - height * width
+                allowed = range(self._prefix + 1) if self._prefix is not None else (0, 1)
+                if prefix in allowed:
+                    return Form(layout, height, width, prefix)
+            pyramid = self._pyramid_grid(length)
+            if pyramid:
+                return Form(layout, *pyramid)
+        return f"{shape[1]} tokens fit no grid of the {self._size_text()} input"
+
+    def _pyramid_grid(self, length: int) -> tuple[int, int] | None:
+        """The grid of ``length`` tokens that is the input, downscaled by a whole factor; rounded up or down."""
+        height, width = self.input_size
+        for factor in range(1, min(height, width) + 1):
+            for grid in ((height // factor, width // factor), (-(-height // factor), -(-width // factor))):
+                # One token is a class token or a pooled vector, never a map worth a spectrum.
+                if grid[0] * grid[1] == length > 1:
+                    return grid
+        return None
+
+    def _size_text(self) -> str:
+        return f"{self.input_size[0]}×{self.input_size[1]}"
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Tensors in an output that may be a tensor, a tuple, a list, a dict or a Hugging Face model output."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, tuple | list):
+        for value in output:
+            yield from _tensors(value)
+
+
+def _model_grids(model: nn.Module, input_size: tuple[int, int]) -> list[tuple[int, int]]:
+    """Token grids that the model says it has at this input size, most trusted first."""
+    grids = []
+    embed = getattr(model, "patch_embed", None)
+    if embed is not None:
+        if getattr(model, "dynamic_img_size", False) and hasattr(embed, "dynamic_feat_size"):
+            grids.append(tuple(embed.dynamic_feat_size(input_size)))
+        grid = getattr(embed, "grid_size", None)
+        if isinstance(grid, tuple | list) and len(grid) == 2:
+            grids.append(tuple(grid))
+    config = getattr(model, "config", None)
+    patch = getattr(config, "patch_size", None)
+    if isinstance(patch, int):  # Hugging Face vision transformers
+        grids.append((input_size[0] // patch, input_size[1] // patch))
+    return list(dict.fromkeys(grids))
