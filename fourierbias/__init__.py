@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from .spectra import Spectrum, spectrum
     from .store import Capture, load
 
-# Each name is imported when first used: `import fourierbias` must not cost the five seconds of torch and timm.
-# No module may bear the name of one of these, or importing it would put the module in its place.
+# Each name is imported when first used: `import fourierbias` must not cost the seconds of torch and timm. No
+# module may bear the name of one of these, or importing it would put the module in its place.
 _HOMES = {
     "Capture": "store",
     "Spectrum": "spectra",

@@ -200,7 +200,7 @@ def _forward(recorder: Recorder, images: Tensor) -> dict[str, Any]:
 def _on_device(
     network: nn.Module, device: str | torch.device | None, *, keep: bool
 ) -> Iterator[torch.device]:
-    """Have the network on ``device`` for the time being; by default where it is, or on a GPU if it is ours."""
+    """The network on ``device`` for the time being; by default where it is, or on a GPU if it is ours."""
     own = next((p.device for p in network.parameters()), torch.device("cpu"))
     if device is None:
         device = own if keep or not torch.cuda.is_available() else "cuda"
@@ -265,8 +265,8 @@ def _warn_rejected(result: Capture) -> None:
     for name, spectrum in result.items():
         if spectrum.rejected:
             warnings.warn(
-                f"layer {name}: {spectrum.rejected} of {spectrum.rejected + spectrum.count} images gave NaN or "
-                "Inf and are left out of its mean",
+                f"layer {name}: {spectrum.rejected} of {spectrum.rejected + spectrum.count} images gave NaN "
+                "or Inf and are left out of its mean",
                 stacklevel=3,
             )
 

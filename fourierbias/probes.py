@@ -123,7 +123,7 @@ def kind_of(module: nn.Module) -> str:
 
 
 def _is_attention(module: nn.Module) -> bool:
-    """Spatial self-attention by its class's name; gates over channels are called attention too, and are not."""
+    """Spatial self-attention, by its class's name; gates over channels bear the name too, and are not it."""
     name = type(module).__name__
     if re.search(r"channel|spatialattn|squeeze|eca|cbam|splitattn|pool|radix|ge?c|drop", name, re.I):
         return False
@@ -230,8 +230,8 @@ class Recorder:
     every module is back in the mode it was in, also after an exception.
 
     A module called several times in one forward counts once, by its last call, unless ``calls="each"``,
-    which names the later ones ``name#2``, ``name#3``, …  With ``widen`` a block whose output is no map (it works
-    on windows or patches) gives way to the smallest module around it whose output is one.
+    which names the later ones ``name#2``, ``name#3``, …  With ``widen`` a block whose output is no map (it
+    works on windows or patches) gives way to the smallest module around it whose output is one.
     """
 
     def __init__(
@@ -377,7 +377,7 @@ class Recorder:
         return f"an output of shape {shape} has no side that fits the {self._size_text()} input"
 
     def _fits(self, height: int, width: int) -> bool:
-        """Whether a grid can be the input, downscaled: both sides reduced by the same factor, up to rounding."""
+        """Whether a grid can be the input, downscaled: both sides by one factor, up to rounding."""
         image_h, image_w = self.input_size
         return (
             height <= image_h
@@ -398,7 +398,7 @@ class Recorder:
         return f"{shape[1]} tokens fit no grid of the {self._size_text()} input"
 
     def _pyramid_grid(self, length: int) -> tuple[int, int] | None:
-        """The grid of ``length`` tokens that is the input, downscaled by a whole factor; rounded up or down."""
+        """The grid of ``length`` tokens that is the input downscaled by a whole factor, up to rounding."""
         height, width = self.input_size
         for factor in range(1, min(height, width) + 1):
             for grid in ((height // factor, width // factor), (-(-height // factor), -(-width // factor))):

@@ -355,7 +355,7 @@ def _read(handle: h5py.File, path: Path) -> Capture:
         )
     if int(attrs["format_version"]) > FORMAT_VERSION:
         raise FourierBiasError(
-            f"{path} is of format {attrs['format_version']}, newer than this version reads ({FORMAT_VERSION}): "
+            f"{path} is of format {attrs['format_version']}, newer than this program ({FORMAT_VERSION}): "
             "update fourierbias"
         )
     if not attrs.get("complete"):
