@@ -164,7 +164,7 @@ def capture(
                         reduce,
                         input_size=tuple(batch.images.shape[-2:]),
                         calls=calls,
-                        widen=isinstance(layers, str) and layers in CHOICES,
+                        widen=_is_choice(layers),
                     )
                 )
             for name, (values, maps) in _forward(recorder, batch.images.to(device)).items():
@@ -183,6 +183,39 @@ def capture(
         )
         _warn_rejected(result)
         return writer.finish(result) if writer else result
+
+
+def inspect(
+    model: nn.Module | LoadedModel | str | os.PathLike[str], layers: str | Sequence[str] = "blocks"
+) -> tuple[list[Layer], dict[str, str]]:
+    """The layers a capture of ``model`` would take, in order, and why others would be skipped.
+
+    Runs the model once on a blank image of its own input size.  Raises `FourierBiasError` as `capture` does.
+
+    >>> import timm
+    >>> found, skipped = inspect(timm.create_model("test_vit"), "blocks.0")
+    >>> found[0].name, found[0].kind, found[0].height, skipped
+    ('blocks.0', 'attention', 10, {})
+    """
+    loaded = model if isinstance(model, LoadedModel) else load_model(model)
+    size = tuple(loaded.preprocessing["input_size"])
+    with (
+        torch.no_grad(),
+        Recorder(
+            loaded.module,
+            choose_probes(loaded.module, layers),
+            lambda layer, maps: None,
+            input_size=size[-2:],
+            widen=_is_choice(layers),
+        ) as recorder,
+    ):
+        own = next((p.device for p in loaded.module.parameters()), torch.device("cpu"))
+        _forward(recorder, torch.zeros(1, *size, device=own))
+    return list(recorder.layers.values()), recorder.skipped
+
+
+def _is_choice(layers: str | Sequence[str]) -> bool:
+    return isinstance(layers, str) and layers in CHOICES
 
 
 def _forward(recorder: Recorder, images: Tensor) -> dict[str, Any]:

@@ -1,0 +1,274 @@
+"""The command line: parse, call, print.  Heavy imports are inside the commands, so that help is instant."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ._malloc import keep_memory
+from ._version import __version__
+from .errors import FourierBiasError
+
+_PATHS = ("diagonal", "horizontal", "vertical", "radial", "2d")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; bad input ends in one line ``Error: …`` on stderr and exit status 2."""
+    keep_memory()
+    warnings.showwarning = _show_warning
+    try:
+        status = cli.main(arguments, prog_name="fourierbias", standalone_mode=False)
+    except (click.ClickException, FourierBiasError) as error:
+        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        _fail(message)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted.", err=True)
+        sys.exit(130)
+    except BrokenPipeError:  # `fourierbias info … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
+    except MemoryError:
+        _fail("out of memory: use a smaller --batch-size")
+    sys.exit(status or 0)
+
+
+def _fail(message: str) -> None:
+    click.echo("Error: " + " ".join(message.split()), err=True)
+    sys.exit(2)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    if issubclass(category, UserWarning):
+        click.echo(f"Warning: {message}", err=True)
+
+
+def _options(*options: Any) -> Any:
+    """Several click options as one decorator, in the order they are to be listed."""
+
+    def decorate(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+_model_options = _options(
+    click.option("--arch", help="Architecture of a weights file: a timm name, or package.module:factory."),
+    click.option("--pretrained", is_flag=True, help="timm's pretrained weights (needs a network)."),
+    click.option("--image-size", type=int, help="Input side in pixels, where the model takes others."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of random weights and crops."),
+    click.option("--no-ema", is_flag=True, help="Prefer the raw weights where a file has averaged ones too."),
+    click.option("--unsafe-pickle", is_flag=True, help="Unpickle code from a file you trust entirely."),
+)
+
+_layers_option = click.option(
+    "--layers",
+    multiple=True,
+    metavar="WHICH",
+    help="blocks (default), sublayers, stages, or glob patterns on module names; repeatable.",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__)
+def cli() -> None:
+    """Does a vision model pass or suppress high spatial frequencies, layer by layer?
+
+    \b
+    fourierbias capture vit_tiny_patch16_224     feature maps to spectra, into an HDF5 file
+    fourierbias plot vit_tiny_patch16_224.h5     a figure of them
+    fourierbias plot --compare a.h5 b.ckpt       several models beside each other
+    fourierbias train cnn --data photos          make a checkpoint
+    """
+
+
+@cli.command()
+@click.argument("model")
+@_model_options
+@click.option(
+    "--data", default="photos", show_default=True, help="Folder, image, list, archive, array or data set."
+)
+@click.option("--images", type=int, help="How many images (default: all; of the photos 16).")
+@_layers_option
+@click.option(
+    "--path", "paths", multiple=True, type=click.Choice(_PATHS), help="Default: diagonal; repeatable."
+)
+@click.option(
+    "--measure", "measures", multiple=True, help="Measures beside the spectrum, or all; repeatable."
+)
+@click.option("--features", is_flag=True, help="Store the feature maps too.")
+@click.option(
+    "--feature-dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True
+)
+@click.option("--compression", type=click.Choice(["gzip", "lzf", "none"]), default="gzip", show_default=True)
+@click.option("--dead-channels", type=click.Choice(["keep", "drop"]), default="keep", show_default=True)
+@click.option("--eps", type=float, default=1e-6, show_default=True, help="Added to |F| before the logarithm.")
+@click.option(
+    "--calls",
+    type=click.Choice(["last", "each"]),
+    default="last",
+    show_default=True,
+    help="Of a module called several times in one forward.",
+)
+@click.option("--batch-size", type=int, default=32, show_default=True)
+@click.option("--workers", type=int, default=0, show_default=True, help="Processes that decode images.")
+@click.option("--device", help="cpu, cuda, … (default: a GPU if there is one).")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="HDF5 file (default: MODEL.h5 here).")
+@click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
+def capture(
+    model: str, output: Path | None, layers: tuple[str, ...], images: int | None, **options: Any
+) -> None:
+    """Spectra of MODEL's feature maps, layer by layer, into an HDF5 file.
+
+    MODEL is a checkpoint (.ckpt), a timm model name (random weights unless --pretrained), or a weights
+    file with --arch.
+    """
+    from .capturing import capture as run
+
+    loaded = _load(model, options)
+    output = output or Path(Path(model.rstrip("/")).name).with_suffix(".h5")
+    result = run(
+        loaded,
+        options.pop("data"),
+        layers=_layers(layers),
+        output=output,
+        limit=images,
+        paths=options.pop("paths") or ("diagonal",),
+        progress=True,
+        **options,
+    )
+    _print_capture(result)
+    click.echo(f"Wrote {output}: {len(result)} layers, {result.attrs['count']} images.")
+    click.echo(f"Next: fourierbias plot {output}")
+
+
+@cli.command()
+@click.argument("model")
+@_model_options
+@_layers_option
+def info(model: str, layers: tuple[str, ...], **options: Any) -> None:
+    """List the layers of MODEL that each --layers choice takes, with kind and shape."""
+    from .capturing import inspect
+    from .probes import CHOICES
+
+    loaded = _load(model, options)
+    for choice in [_layers(layers)] if layers else CHOICES:
+        found, skipped = inspect(loaded, choice)
+        click.echo(f"\n{choice if isinstance(choice, str) else ' '.join(choice)}: {len(found)} layers")
+        width = max((len(layer.name) for layer in found), default=0)
+        for layer in found:
+            shape = f"{layer.channels}×{layer.height}×{layer.width}"
+            click.echo(f"  {layer.name:<{width}}  {layer.kind:<9}  {shape:>12}  stride {layer.stride:g}")
+        for name, reason in skipped.items():
+            click.echo(f"  {name:<{width}}  skipped: {reason}")
+
+
+@cli.command()
+@click.argument("files", nargs=-1)
+@click.option("--compare", is_flag=True, help="Models side by side; without FILES those that ship.")
+@click.option("--at", type=float, default=1.0, show_default=True, help="The high frequency, in units of π.")
+@click.option(
+    "--axis",
+    type=click.Choice(["normalized", "input"]),
+    default="normalized",
+    show_default=True,
+    help="0…π of each grid, or cycles per input pixel.",
+)
+@click.option("--reference", type=click.Choice(["dc", "first"]), default="dc", show_default=True)
+@click.option("--compat", type=click.Choice(["park-kim"]), help="The published notebook's values and axis.")
+@click.option("--path", type=click.Choice(_PATHS), help="Which of the captured lines (default: the first).")
+@click.option("--measure", help="Plot this measure by depth instead.")
+@click.option(
+    "--layers", multiple=True, metavar="WHICH", help="Of checkpoints captured on the fly; as in capture."
+)
+@click.option(
+    "--data", default="photos", show_default=True, help="Images for checkpoints captured on the fly."
+)
+@click.option("--images", type=int, help="How many of them.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help=".png, .svg or .pdf (default: FILE.png here)."
+)
+@click.option("--csv", type=click.Path(path_type=Path), help="Also write the numbers plotted.")
+@click.option("--overwrite", is_flag=True, help="Replace outputs that exist.")
+def plot(
+    files: tuple[str, ...],
+    output: Path | None,
+    csv: Path | None,
+    overwrite: bool,
+    layers: tuple[str, ...],
+    data: str,
+    images: int | None,
+    compare: bool,
+    **options: Any,
+) -> None:
+    """Draw captures: Δ log amplitude against frequency, and its high end against depth.
+
+    FILES are captures (.h5) or checkpoints, which are captured on the fly and cached.
+    """
+    from .captured import open_captures, shipped_checkpoints
+    from .figures import plot as draw
+    from .store import checked_output
+
+    if not files:
+        if not compare:
+            raise FourierBiasError(
+                "name a capture to plot, or use --compare alone for the checkpoints that ship"
+            )
+        files = tuple(str(path) for path in shipped_checkpoints())
+    output = output or Path("compare.png" if compare or len(files) > 1 else Path(files[0]).stem + ".png")
+    for path in filter(None, (output, csv)):
+        checked_output(path, overwrite=overwrite)
+    captures = open_captures(
+        files, layers=_layers(layers), data=data, images=images, measure=options["measure"], say=_say
+    )
+    draw(captures, compare=compare or len(captures) > 1, output=output, csv=csv, **options)
+    click.echo(f"Wrote {output}" + (f" and {csv}." if csv else "."))
+
+
+def _layers(layers: tuple[str, ...]) -> str | list[str]:
+    if not layers:
+        return "blocks"
+    return layers[0] if len(layers) == 1 else list(layers)
+
+
+def _load(model: str, options: dict[str, Any]) -> Any:
+    """The model that the shared options describe; takes them out of ``options`` (all but the seed)."""
+    from .models.loading import load_model
+
+    loaded = load_model(
+        model,
+        arch=options.pop("arch"),
+        pretrained=options.pop("pretrained"),
+        image_size=options.pop("image_size"),
+        ema=not options.pop("no_ema"),
+        unsafe_pickle=options.pop("unsafe_pickle"),
+        seed=options["seed"],
+    )
+    _say(f"{loaded.arch}: {loaded.weights}")
+    for note in loaded.notes:
+        _say(note)
+    return loaded
+
+
+def _print_capture(result: Any) -> None:
+    attrs = result.attrs
+    for name, reason in attrs["skipped"].items():
+        _say(f"skipped {name}: {reason}")
+    for name, calls in attrs["repeated_calls"].items():
+        _say(f"{name} was called {calls} times in each forward (see --calls)")
+    if attrs["failed_images"]:
+        _say(f"{attrs['failed_images']} images could not be read:")
+        for failure in attrs["failures"]:
+            _say(f"  {failure}")
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
