@@ -75,7 +75,7 @@ def save_torch(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
 def load_torch(path: str | os.PathLike, what: str = "checkpoint") -> dict[str, Any]:
     """Read a torch file holding a dictionary, without unpickling code.
 
-    Raises FourierBiasError if there is no such file, or it is damaged, or would run code, or holds none.
+    Raises FourierBiasError if the file is not there, is damaged, would run code, or is no dictionary.
     """
     path = Path(path)
     if not path.exists():
@@ -147,6 +147,17 @@ def read_checkpoint(path: str | os.PathLike) -> Checkpoint:
     return checkpoint
 
 
+def check_arch(arch: str) -> None:
+    """Raise FourierBiasError for a name timm does not know, offering the nearest."""
+    from . import cnn, vit  # noqa: F401  (a checkpoint names them, whatever the package's face imports)
+
+    if not timm.is_model(arch):
+        near = difflib.get_close_matches(arch, timm.list_models(), n=3)
+        raise FourierBiasError(
+            f"no architecture called {arch!r} in timm" + (f"; nearest: {', '.join(near)}" if near else "")
+        )
+
+
 def create(
     arch: str, *, num_classes: int, recast: Mapping[str, Any] | None = None, **arch_args: Any
 ) -> nn.Module:
@@ -159,13 +170,7 @@ def create(
     >>> create("cnn", num_classes=3).built_from["arch"]
     'cnn'
     """
-    from . import cnn, vit  # noqa: F401  (a checkpoint names them, whatever the package's face imports)
-
-    if not timm.is_model(arch):
-        near = difflib.get_close_matches(arch, timm.list_models(), n=3)
-        raise FourierBiasError(
-            f"no architecture called {arch!r} in timm" + (f"; nearest: {', '.join(near)}" if near else "")
-        )
+    check_arch(arch)
     try:
         model = timm.create_model(arch, pretrained=False, num_classes=num_classes, **arch_args)
     except TypeError as error:

@@ -1,0 +1,140 @@
+"""What a training leaves behind and what it says meanwhile: files, log, progress."""
+
+import csv
+import io
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..errors import FourierBiasError
+from ..models.checkpoint import write_atomic
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of one training, named after its checkpoint."""
+
+    checkpoint: Path
+
+    def beside(self, suffix: str) -> Path:
+        """Return NAME + ``suffix`` for a checkpoint NAME.ckpt."""
+        return self.checkpoint.with_name(self.checkpoint.name.removesuffix(".ckpt") + suffix)
+
+    @property
+    def state(self) -> Path:
+        """Where a training under way is kept."""
+        return self.beside(".state")
+
+    @property
+    def best(self) -> Path:
+        """Where the checkpoint of the best epoch on the evaluation images is kept."""
+        return self.beside(".best.ckpt")
+
+
+def output_path(arch: str, output: str | Path | None) -> Path:
+    """Return the checkpoint's path, ending in .ckpt, in a folder that is made if it is not there.
+
+    >>> output_path("cnn", None)
+    PosixPath('cnn.ckpt')
+    """
+    path = Path(output or f"{arch}.ckpt")
+    if path.is_dir():
+        raise FourierBiasError(f"{path} is a folder; name the checkpoint in it: {path / arch}.ckpt")
+    path = path if path.suffix == ".ckpt" else path.with_name(path.name + ".ckpt")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FourierBiasError(f"cannot write into {path.parent}: {error.strerror}") from None
+    return path
+
+
+def check_output(files: Files, resume: bool, overwrite: bool) -> None:
+    """Raise FourierBiasError if an earlier training would be lost."""
+    if resume and overwrite:
+        raise FourierBiasError(
+            "--resume goes on from what is there, --overwrite starts anew: give one of them"
+        )
+    if resume or overwrite:
+        return
+    if files.state.exists():
+        raise FourierBiasError(
+            f"a training of {files.checkpoint} is under way or was stopped: give --resume to go on or --overwrite"
+        )
+    if files.checkpoint.exists():
+        raise FourierBiasError(f"{files.checkpoint} exists: give --overwrite or another output")
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as a table, whole or not at all; columns are those of any row, in order of appearance."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(
+        {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
+        for row in rows
+    )
+    write_atomic(path, text.getvalue().encode())
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """Within this context Ctrl-C and SIGTERM set an event; a second Ctrl-C interrupts at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def say(console: Console, line: str) -> None:
+    """Print a line as it is: no markup, no wrapping."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def epoch_line(row: Mapping[str, Any], epochs: int) -> str:
+    """Return a log row in one line for people.
+
+    >>> epoch_line({"epoch": 1, "train_loss": 2.0, "test_accuracy": 0.5, "images_per_second": 800.0}, 30)
+    'epoch 1/30  loss 2.000  test accuracy 50.0 %  800 images/s'
+    """
+    parts = [f"epoch {row['epoch']}/{epochs}", f"loss {row['train_loss']:.3f}"]
+    for key, value in row.items():
+        if key.endswith("test_accuracy") and value != "":
+            parts.append(f"{key.replace('_', ' ')} {100 * value:.1f} %")
+    if row.get("switched"):
+        count, change = len(row["switched"].split()), row["logit_change"]
+        parts.append(f"{count} layers switched (logits moved by at most {change:.1e})")
+    return "  ".join([*parts, f"{row['images_per_second']:.0f} images/s"])
+
+
+@contextmanager
+def progress_bar(console: Console, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
+    """Show a bar of ``total`` steps on a terminal; yields a function of steps done and a description."""
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeRemainingColumn(compact=True),
+    ]
+    shown = console.is_terminal and not console.quiet
+    with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
+        task = bar.add_task("training", total=total, completed=done)
+        yield lambda completed, description: bar.update(task, completed=completed, description=description)

@@ -1,0 +1,113 @@
+"""How a network is trained: one frozen record, the same for every reference model."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ..errors import FourierBiasError
+
+AMP_CHOICES = ("auto", "bfloat16", "float32")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of a training; the defaults are those of the reference checkpoints.
+
+    Learning rates are for AdamW with cosine decay from ``lr`` to ``min_lr`` after ``warmup_epochs`` (at most a
+    fifth of the training), set at every update. ``fraction`` takes that share of the training images (class-balanced, always the same
+    ones), ``holdout`` takes so many of them out and evaluates on these in place of the test images.
+    ``mixup`` and ``cutmix`` are the α of timm's Mixup, 0 for none. ``ema`` is the final decay of the
+    average of the weights, which is what is evaluated and saved; it warms up, so short runs are sane.
+    ``evaluate_every`` is in epochs (the last epoch is always evaluated), ``save_every`` in seconds.
+    ``schedule``, ``schedule_by``, ``gate_lr`` (a factor on ``lr`` for gates) and ``locality`` belong to
+    networks with reparameterizable convolutions.
+
+    Raises FourierBiasError for values out of range.
+
+    >>> Recipe(epochs=2).batch_size
+    128
+    """
+
+    epochs: int = 30
+    batch_size: int = 128
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    warmup_epochs: float = 2.0
+    min_lr: float = 1e-5
+    smoothing: float = 0.1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    flip: bool = True
+    ema: float = 0.999
+    opt: str = "adamw"
+    amp: str = "auto"
+    seed: int = 0
+    fraction: float = 1.0
+    holdout: int = 0
+    image_size: int | None = None
+    drop_path: float = 0.0
+    schedule: str | None = None
+    schedule_by: str = "layer"
+    gate_lr: float = 1.0
+    locality: float | None = None
+    evaluate_every: int = 1
+    save_every: float = 300.0
+
+    def __post_init__(self) -> None:
+        mixes = self.mixup > 0 or self.cutmix > 0
+        rules = {
+            "epochs": (self.epochs >= 1, "at least 1"),
+            "batch_size": (self.batch_size >= 2, "at least 2, for batch statistics"),
+            "lr": (self.lr > 0, "above 0"),
+            "weight_decay": (self.weight_decay >= 0, "at least 0"),
+            "warmup_epochs": (self.warmup_epochs >= 0, "at least 0"),
+            "min_lr": (0 <= self.min_lr <= self.lr, "between 0 and lr"),
+            "smoothing": (0 <= self.smoothing < 1, "in [0, 1)"),
+            "mixup": (self.mixup >= 0, "at least 0"),
+            "cutmix": (self.cutmix >= 0, "at least 0"),
+            "ema": (0 <= self.ema < 1, "in [0, 1)"),
+            "amp": (self.amp in AMP_CHOICES, "one of " + ", ".join(AMP_CHOICES)),
+            "seed": (self.seed >= 0, "at least 0"),
+            "fraction": (0 < self.fraction <= 1, "in (0, 1]"),
+            "holdout": (self.holdout >= 0, "at least 0"),
+            "image_size": (self.image_size is None or self.image_size >= 8, "at least 8 pixels"),
+            "drop_path": (0 <= self.drop_path < 1, "in [0, 1)"),
+            "schedule_by": (self.schedule_by in ("layer", "stage"), "layer or stage"),
+            "gate_lr": (self.gate_lr > 0, "above 0"),
+            "evaluate_every": (self.evaluate_every >= 1, "at least 1"),
+            "save_every": (self.save_every >= 0, "at least 0"),
+        }
+        for name, (holds, wanted) in rules.items():
+            if not holds:
+                raise FourierBiasError(f"{name} must be {wanted}, got {getattr(self, name)}")
+        if mixes and self.batch_size % 2:
+            raise FourierBiasError(f"mixup and cutmix need an even batch_size, got {self.batch_size}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the settings as plain values, as checkpoints keep them."""
+        return asdict(self)
+
+    def autocast_dtype(self, device: torch.device) -> torch.dtype | None:
+        """Return the dtype to autocast to, None for float32: bfloat16 where the machine multiplies in it."""
+        if self.amp == "float32":
+            return None
+        if self.amp == "bfloat16" or multiplies_bfloat16(device):
+            return torch.bfloat16
+        return None
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether matrix products in bfloat16 are done by the hardware of ``device``.
+
+    >>> multiplies_bfloat16(torch.device("meta"))
+    False
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return bool(
+            capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16")
+        )
+    return False
