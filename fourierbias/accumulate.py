@@ -41,12 +41,18 @@ class Moments:
     def update(self, values: np.ndarray) -> None:
         """Add the rows of ``values``, shape (B, size)."""
         values = np.asarray(values, dtype=np.float64).reshape(-1, self.size)
-        finite = np.isfinite(values).all(axis=1)
-        self.rejected += int((~finite).sum())
-        values = values[finite]
+        products = self._products(values)
+        if not np.isfinite(products).all():
+            finite = np.isfinite(values).all(axis=1)
+            self.rejected += int((~finite).sum())
+            values = values[finite]
+            products = self._products(values)
         self.count += len(values)
         self.total += values.sum(axis=0)
-        self.products += values.T @ values if self.products.ndim == 2 else (values**2).sum(axis=0)
+        self.products += products
+
+    def _products(self, values: np.ndarray) -> np.ndarray:
+        return values.T @ values if self.products.ndim == 2 else (values**2).sum(axis=0)
 
     def merge(self, other: Moments) -> None:
         """Add what ``other`` has seen; `FourierBiasError` when it holds vectors of another size."""

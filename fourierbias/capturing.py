@@ -22,7 +22,7 @@ from .errors import FourierBiasError
 from .images import ImageSource, open_images
 from .models.loading import LoadedModel, load_model
 from .probes import CHOICES, Layer, Recorder, choose_probes
-from .spectra import MapReducer, make_spectrum
+from .spectra import MapReducer, Projection, make_spectrum
 from .store import Capture, CapturedLayer, Measure, Writer
 
 MEASURES = ("high_frequency_share",)
@@ -44,7 +44,7 @@ class LayerSums:
             self.layers[layer.name] = layer
             self.moments[layer.name] = self.reducer.moments(layer.height, layer.width)
         for name, rows in values.items():
-            self.moments[layer.name][name].update(rows.double().cpu().numpy())
+            self.moments[layer.name][name].update(rows.numpy())
 
     def merge(self, other: LayerSums) -> None:
         """Add what ``other`` accumulated over other images of the same model and layers."""
@@ -143,8 +143,8 @@ def capture(
     sums = LayerSums(reducer)
     seen: list[int] = []
 
-    def reduce(layer: Layer, maps: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
-        return reducer(maps), maps.to(getattr(torch, feature_dtype), copy=True) if features else None
+    def reduce(layer: Layer, maps: Tensor) -> tuple[Projection, Tensor | None]:
+        return reducer.project(maps), maps.to(getattr(torch, feature_dtype), copy=True) if features else None
 
     with contextlib.ExitStack() as stack:
         writer = None
@@ -167,8 +167,10 @@ def capture(
                         widen=_is_choice(layers),
                     )
                 )
-            for name, (values, maps) in _forward(recorder, batch.images.to(device)).items():
-                sums.update(recorder.layers[name], values)
+            reduced = _forward(recorder, batch.images.to(device))
+            values = reducer.finish([projection for projection, _ in reduced.values()])
+            for (name, (_, maps)), rows in zip(reduced.items(), values, strict=True):
+                sums.update(recorder.layers[name], rows)
                 if maps is not None:
                     writer.append_maps(name, maps.cpu().numpy())
             seen += batch.indices

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,7 +45,8 @@ class Spectrum:
     ``frequency`` (F,) is in units of π radians per step of the grid, 0…1; ``log_amplitude`` (F,) is in
     natural-log units; ``variance`` (F,) and ``covariance`` (F, F) are those of the per-image values (the
     mean over channels of one image).  ``count`` images went in, ``rejected`` were left out for holding a
-    NaN or an infinity, ``dead_share`` is the share of (image, channel) maps that were zero everywhere.
+    NaN or an infinity, ``dead_share`` is the share of (image, channel) maps without any
+    amplitude: zero everywhere.
     For ``path="2d"`` the arrays are (H, W) with DC at [H // 2, W // 2], ``frequency`` is (H, W, 2), the
     signed (vertical, horizontal) frequencies, and there is no covariance.
 
@@ -217,7 +218,7 @@ def spectrum(
     step = max(1, _CHUNK_ELEMENTS // max(1, maps[0].numel()))
     for start in range(0, len(maps), step):
         for name, values in reducer(maps[start : start + step].to(precision)).items():
-            moments[name].update(values.cpu().numpy())
+            moments[name].update(values.detach().numpy())
     rejected = moments[path].rejected
     if rejected:
         warnings.warn(f"{rejected} of {len(maps)} images hold NaN or Inf and are left out", stacklevel=2)
@@ -276,35 +277,33 @@ def _line_side(height: int, width: int, path: str) -> int:
 
 
 @lru_cache(maxsize=64)
-def _line_basis(height: int, width: int, path: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """exp(-iπ f (y + x)) as a real matrix (H·W, 2F): the cosines, then the sines."""
-    side = _line_side(height, width, path)
+def _lines_basis(
+    height: int, width: int, paths: tuple[str, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """exp(-iπ f (y + x)) as a real matrix (H·W, 2ΣF): the cosines of all paths, then the sines."""
     y, x = np.mgrid[:height, :width]
-    along = {"horizontal": x, "vertical": y}.get(path, y + x).reshape(-1, 1)
-    turns = (along * np.arange(side // 2 + 1)) % side / side  # reduced before the cosine: exact at any size
-    basis = np.concatenate([np.cos(2 * np.pi * turns), -np.sin(2 * np.pi * turns)], axis=1)
+    turns = []
+    for path in paths:
+        side = _line_side(height, width, path)
+        along = {"horizontal": x, "vertical": y}.get(path, y + x).reshape(-1, 1)
+        turns.append((along * np.arange(side // 2 + 1)) % side / side)  # reduced: exact at any size
+    angles = 2 * np.pi * np.concatenate(turns, axis=1)
+    basis = np.concatenate([np.cos(angles), -np.sin(angles)], axis=1)
     # A product with an inference tensor would poison later autograd; this outlives the capture that made it.
     with torch.inference_mode(False):
         return torch.as_tensor(basis).to(device=device, dtype=dtype)
 
 
-def line_amplitude(x: Tensor, paths: Sequence[str]) -> Tensor:
-    """Amplitudes |F| of maps (B, C, H, W) on several lines of frequencies, concatenated: (B, C, ΣF).
+def line_transform(x: Tensor, paths: Sequence[str]) -> Tensor:
+    """DFT of maps (B, C, H, W) on several lines of frequencies: (B, 2ΣF, C), real parts then imaginary ones.
 
     The memory order decides the product: channels innermost (tokens, channels-last) is Eᵀ X per image,
     else X E over all maps at once; neither copies the maps.
     """
-    height, width = x.shape[-2:]
-    bases = [_line_basis(height, width, path, x.dtype, x.device) for path in paths]
-    basis = bases[0] if len(bases) == 1 else torch.cat(bases, dim=1)
+    basis = _lines_basis(*x.shape[-2:], tuple(paths), x.dtype, x.device)
     if _channels_innermost(x):
-        parts = (basis.T @ _tokens(x)).mT
-    else:
-        parts = x.flatten(2) @ basis
-    sizes = [b.shape[1] // 2 for b in bases for _ in range(2)]
-    pieces = parts.split(sizes, dim=-1)
-    amplitudes = [torch.hypot(re, im) for re, im in zip(pieces[::2], pieces[1::2], strict=True)]
-    return amplitudes[0] if len(amplitudes) == 1 else torch.cat(amplitudes, dim=-1)
+        return basis.T @ _tokens(x)
+    return (x.flatten(2) @ basis).mT
 
 
 def _channels_innermost(x: Tensor) -> bool:
@@ -313,13 +312,6 @@ def _channels_innermost(x: Tensor) -> bool:
 
 def _tokens(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(1, 2)
-
-
-def _map_sums_of_squares(x: Tensor) -> Tensor:
-    """Σz² of each map, (B, C); the cheap form for each memory order."""
-    if _channels_innermost(x):
-        return _tokens(x).square().sum(dim=1)
-    return torch.linalg.vector_norm(x.flatten(2), dim=2).square()
 
 
 @lru_cache(maxsize=64)
@@ -361,18 +353,28 @@ def _whole_plane(half: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.fft.fftshift(np.concatenate([half, mirrored], axis=1))
 
 
+class Projection(NamedTuple):
+    """What `MapReducer.project` keeps of maps (B, C, H, W): small, and none of it a view of them."""
+
+    grid: tuple[int, int]
+    line: Tensor  # (B, 2ΣF, C): real, then imaginary parts
+    norm: Tensor  # (B,): √Σz² over channels and positions
+    plane: Tensor | None  # (B, H·(W//2+1), C): amplitudes of the half plane, where asked for
+
+
 class MapReducer:
     """Feature maps (B, C, H, W) to one short vector per image and quantity: the work of the capture hook.
 
     Quantities: each path asked for (log amplitude, mean over channels), ``dead_share``,
     ``feature_variance`` (unbiased spatial variance, mean over channels; Park & Kim's figure 9) and, when
-    asked for, ``high_frequency_share`` at ``cutoffs``.  A pure function of the maps; `moments` makes the
-    accumulators that its results go into.
+    asked for, ``high_frequency_share`` at ``cutoffs``.  A pure function of the maps, in two steps: `project`
+    reads them once, inside a hook; `finish` does the rest for all layers of a batch together.  `moments`
+    makes the accumulators that the results go into.
 
     >>> import torch
     >>> reduce = MapReducer(("diagonal",))
     >>> {name: tuple(v.shape) for name, v in reduce(torch.rand(2, 3, 8, 8)).items()}
-    {'diagonal': (2, 5), 'feature_variance': (2, 1), 'dead_share': (2, 1)}
+    {'feature_variance': (2, 1), 'dead_share': (2, 1), 'diagonal': (2, 5)}
     """
 
     def __init__(
@@ -404,54 +406,81 @@ class MapReducer:
         return moments
 
     def __call__(self, x: Tensor) -> dict[str, Tensor]:
-        """Per-image values, each (B, K), on the device of ``x``; at least float32."""
+        """Per-image values of maps (B, C, H, W), each (B, K) float64 on the CPU."""
+        return self.finish([self.project(x)])[0]
+
+    def project(self, x: Tensor) -> Projection:
+        """The part of the work that reads the maps, for a hook: a few numbers per channel."""
         x = x if x.dtype in (torch.float32, torch.float64) else x.float()
         with torch.autocast(x.device.type, enabled=False):
-            return self._reduce(x)
+            # The variance needs the sum of each map, the DC bin of any line: ask for one at least.
+            line = line_transform(x, self._lines or ("diagonal",))
+            flat = _tokens(x).flatten(1) if _channels_innermost(x) else x.flatten(1)
+            plane = torch.fft.rfft2(x).abs().flatten(2).mT if self._needs_plane else None
+            return Projection(x.shape[-2:], line, torch.linalg.vector_norm(flat, dim=1), plane)
 
-    def _reduce(self, x: Tensor) -> dict[str, Tensor]:
-        height, width = x.shape[-2:]
-        squares = _map_sums_of_squares(x)
-        dead = squares == 0
-        out: dict[str, Tensor] = {}
-        # The sum of each map, for its variance, is the DC amplitude of any line: ask for one at least.
-        lines = self._lines or ("diagonal",)
-        amplitude = line_amplitude(x, lines)
-        sizes = [len(line_frequencies(height, width, path)) for path in lines]
+    def finish(self, projections: Sequence[Projection]) -> list[dict[str, Tensor]]:
+        """Per-image values of each projection; the layers of one shape are worked on together."""
+        groups: dict[Any, list[int]] = {}
+        for index, projection in enumerate(projections):
+            groups.setdefault((projection.grid, projection.line.shape), []).append(index)
+        results: list[dict[str, Tensor]] = [{} for _ in projections]
+        for (grid, _), members in groups.items():
+            group = [projections[index] for index in members]
+            for name, values in self._values(grid, group).items():
+                for index, rows in zip(members, values.cpu().double().chunk(len(members)), strict=True):
+                    results[index][name] = rows
+        return results
+
+    @property
+    def _needs_plane(self) -> bool:
+        return bool({"radial", "2d"} & set(self.paths) or self.cutoffs)
+
+    def _values(self, grid: tuple[int, int], group: Sequence[Projection]) -> dict[str, Tensor]:
+        amplitude = torch.hypot(*torch.cat([p.line for p in group]).chunk(2, dim=1))
+        norm = torch.cat([p.norm for p in group])
+        dead = amplitude.amax(dim=1) == 0
+        out = {
+            "feature_variance": _mean_variance(norm, amplitude[:, 0], grid),
+            "dead_share": dead.to(norm.dtype).mean(dim=1, keepdim=True),
+        }
         if self._lines:
             logs = self._over_channels((amplitude + self.eps).log(), dead)
-            out |= dict(zip(lines, logs.split(sizes, dim=-1), strict=True))
-        if {"radial", "2d"} & set(self.paths) or self.cutoffs:
-            out |= self._reduce_plane(torch.fft.rfft2(x).abs(), dead, height, width)
-        positions = height * width
-        variance = (squares - amplitude[..., 0].square() / positions) / max(positions - 1, 1)
-        out["feature_variance"] = variance.clamp_min(0).mean(dim=1, keepdim=True)
-        out["dead_share"] = dead.to(x.dtype).mean(dim=1, keepdim=True)
+            sizes = [len(line_frequencies(*grid, path)) for path in self._lines]
+            out |= dict(zip(self._lines, logs.split(sizes, dim=1), strict=True))
+        if self._needs_plane:
+            out |= self._plane_values(grid, torch.cat([p.plane for p in group]), dead)
         return out
 
-    def _reduce_plane(self, amplitude: Tensor, dead: Tensor, height: int, width: int) -> dict[str, Tensor]:
+    def _plane_values(self, grid: tuple[int, int], amplitude: Tensor, dead: Tensor) -> dict[str, Tensor]:
         out = {}
         if {"radial", "2d"} & set(self.paths):
-            logs = self._over_channels((amplitude + self.eps).log().flatten(2), dead)
+            logs = self._over_channels((amplitude + self.eps).log(), dead)
             if "radial" in self.paths:
-                out["radial"] = logs @ torch.as_tensor(_annuli(height, width)).to(logs)
+                out["radial"] = logs @ torch.as_tensor(_annuli(*grid)).to(logs)
             if "2d" in self.paths:
                 out["2d"] = logs
         if self.cutoffs:
-            power = amplitude.square().mean(dim=1).flatten(1)
-            energy = power @ torch.as_tensor(_energy_above(height, width, self.cutoffs)).to(power)
+            power = amplitude.square().mean(dim=2)
+            energy = power @ torch.as_tensor(_energy_above(*grid, self.cutoffs)).to(power)
             # A constant map has no energy beyond DC, so no share of it is high: 0, not 0/0.
-            out["high_frequency_share"] = torch.where(
-                energy[:, -1:] == 0, energy[:, :-1], energy[:, :-1] / energy[:, -1:]
-            )
+            above, total = energy[:, :-1], energy[:, -1:]
+            out["high_frequency_share"] = torch.where(total == 0, above, above / total)
         return out
 
     def _over_channels(self, logs: Tensor, dead: Tensor) -> Tensor:
-        """Mean over channels, (B, C, K) -> (B, K); without the dead ones if they are to be dropped."""
+        """Mean over channels, (B, K, C) -> (B, K); without the dead ones if they are to be dropped."""
         if self.dead_channels == "keep":
-            return logs.mean(dim=1)
-        alive = (~dead).to(logs.dtype).unsqueeze(-1)
-        return (logs * alive).sum(dim=1) / alive.sum(dim=1)
+            return logs.mean(dim=2)
+        alive = (~dead).to(logs.dtype).unsqueeze(1)
+        return (logs * alive).sum(dim=2) / alive.sum(dim=2)
+
+
+def _mean_variance(norm: Tensor, sums: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Unbiased variance over positions, mean over channels, (B, 1); from the norm (B,) and |Σz| (B, C)."""
+    channels, positions = sums.shape[1], grid[0] * grid[1]
+    deviations = norm.square() - sums.square().sum(dim=1) / positions
+    return (deviations / (channels * max(positions - 1, 1))).clamp_min(0).unsqueeze(1)
 
 
 def make_spectrum(
