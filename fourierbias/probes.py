@@ -8,9 +8,8 @@ says of itself, reduces it inside the hook, and leaves the model as it was.
 
 from __future__ import annotations
 
-import fnmatch
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -83,8 +82,7 @@ def choose_probes(model: nn.Module, layers: str | Sequence[str] = "blocks") -> l
 
     ``"blocks"``: every residual or transformer block; ``"sublayers"``: for blocks with a token mixer and
     an MLP the state after each residual (Park & Kim's points), whole blocks elsewhere; ``"stages"``: what
-    timm lists in ``feature_info``; otherwise one or more glob patterns on module names (a pattern without
-    wildcard is a name).  Raises `FourierBiasError` for a pattern that matches nothing.
+    timm lists in ``feature_info``; otherwise one or more glob patterns on module names (see `glob_names`).  Raises `FourierBiasError` for a pattern that matches nothing.
 
     >>> import timm
     >>> [p.name for p in choose_probes(timm.create_model("test_vit"), "sublayers")][:2]
@@ -206,11 +204,25 @@ def _stage_probes(model: nn.Module) -> list[Probe]:
     return [Probe(name, name, kind_of(module)) for name, module in found]
 
 
+def glob_names(pattern: str, names: Iterable[str]) -> list[str]:
+    """The module names that a pattern matches: ``*`` stands for one component or part of it, ``**`` for any.
+
+    >>> glob_names("blocks.*", ["blocks", "blocks.0", "blocks.0.attn"])
+    ['blocks.0']
+    >>> glob_names("**.attn", ["blocks.0", "blocks.0.attn"])
+    ['blocks.0.attn']
+    """
+    wild = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
+    parts = re.split(r"(\*\*|\*|\?)", pattern)
+    expression = re.compile("".join(wild.get(part, re.escape(part)) for part in parts))
+    return [name for name in names if expression.fullmatch(name)]
+
+
 def _pattern_probes(model: nn.Module, patterns: Sequence[str]) -> list[Probe]:
     modules = {name: module for name, module in model.named_modules() if name}
     chosen: dict[str, nn.Module] = {}
     for pattern in patterns:
-        matches = [name for name in modules if fnmatch.fnmatchcase(name, pattern)]
+        matches = glob_names(pattern, modules)
         if not matches:
             near = get_close_matches(pattern, modules, n=3, cutoff=0.3) or list(modules)[:3]
             raise FourierBiasError(
