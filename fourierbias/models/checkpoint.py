@@ -188,6 +188,19 @@ def create(
     return model
 
 
+def built_from(network: nn.Module) -> dict[str, Any]:
+    """Return arch, arch_args and recast of a network, from `create` or from timm's own record."""
+    if hasattr(network, "built_from"):
+        return dict(network.built_from)
+    arch = (getattr(network, "pretrained_cfg", None) or {}).get("architecture")
+    if arch is None or not timm.is_model(arch):
+        raise FourierBiasError(
+            f"cannot tell how to rebuild {type(network).__name__} from a checkpoint; register it with timm "
+            "and give its name"
+        )
+    return {"arch": arch, "arch_args": {}, "recast": None}
+
+
 def build(checkpoint: Checkpoint) -> nn.Module:
     """Return the network of a checkpoint with its weights, in evaluation mode.
 

@@ -1,4 +1,4 @@
-"""What is trained and how it is measured: networks with their loss, the average of their weights, their accuracy."""
+"""What is trained and how it is measured: networks and their loss, averaged weights, accuracy."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -60,7 +60,7 @@ class Classifier(Learner):
 
 
 def batch_accuracy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the share of logits (B, classes) whose largest is the target's, with labels or shares as targets.
+    """Return the share of logits (B, classes) whose largest is the target's (a label, or the largest share).
 
     >>> batch_accuracy(torch.eye(2), torch.tensor([0, 0])).item()
     0.5
@@ -108,7 +108,7 @@ def evaluate(
                 logits = network(images).float()
             if logits.shape[1] <= int(labels.max()):
                 raise FourierBiasError(
-                    f"the network has {logits.shape[1]} classes, the images have more; evaluate on its own data"
+                    f"the network has {logits.shape[1]} classes, the images more; evaluate on its own data"
                 )
             correct += float((logits.argmax(1) == labels).sum())
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))

@@ -8,13 +8,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..errors import FourierBiasError
 from ..models.checkpoint import write_atomic
+
+if TYPE_CHECKING:
+    from .run import Run
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,11 @@ class Files:
     def best(self) -> Path:
         """Where the checkpoint of the best epoch on the evaluation images is kept."""
         return self.beside(".best.ckpt")
+
+    def clear(self, overwrite: bool) -> None:
+        """Remove what an earlier training left, if it is to be overwritten."""
+        for path in (self.state, self.checkpoint, self.best) if overwrite else ():
+            path.unlink(missing_ok=True)
 
 
 def output_path(arch: str, output: str | Path | None) -> Path:
@@ -65,7 +73,7 @@ def check_output(files: Files, resume: bool, overwrite: bool) -> None:
         return
     if files.state.exists():
         raise FourierBiasError(
-            f"a training of {files.checkpoint} is under way or was stopped: give --resume to go on or --overwrite"
+            f"a training of {files.checkpoint} is under way or was stopped: give --resume or --overwrite"
         )
     if files.checkpoint.exists():
         raise FourierBiasError(f"{files.checkpoint} exists: give --overwrite or another output")
@@ -126,8 +134,8 @@ def epoch_line(row: Mapping[str, Any], epochs: int) -> str:
 
 
 @contextmanager
-def progress_bar(console: Console, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
-    """Show a bar of ``total`` steps on a terminal; yields a function of steps done and a description."""
+def progress_bar(console: Console, total: int, done: int) -> Iterator[Callable[["Run"], None]]:
+    """Show a bar of ``total`` updates on a terminal; yields a function that moves it to where a run is."""
     columns = [
         TextColumn("{task.description}"),
         BarColumn(),
@@ -137,4 +145,9 @@ def progress_bar(console: Console, total: int, done: int) -> Iterator[Callable[[
     shown = console.is_terminal and not console.quiet
     with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
         task = bar.add_task("training", total=total, completed=done)
-        yield lambda completed, description: bar.update(task, completed=completed, description=description)
+
+        def show(run: "Run") -> None:
+            text = f"epoch {run.epoch + 1}/{run.recipe.epochs}  {run.speed:.0f} images/s"
+            bar.update(task, completed=run.updates_done, description=text)
+
+        yield show

@@ -14,14 +14,14 @@ AMP_CHOICES = ("auto", "bfloat16", "float32")
 class Recipe:
     """The settings of a training; the defaults are those of the reference checkpoints.
 
-    Learning rates are for AdamW with cosine decay from ``lr`` to ``min_lr`` after ``warmup_epochs`` (at most a
-    fifth of the training), set at every update. ``fraction`` takes that share of the training images (class-balanced, always the same
-    ones), ``holdout`` takes so many of them out and evaluates on these in place of the test images.
+    ``lr`` rises linearly over ``warmup_epochs`` (at most a fifth of the training) and falls by a cosine to
+    ``min_lr``, at every update. ``fraction`` takes that share of the training images (class-balanced, always
+    the same ones), ``holdout`` takes so many of them out and evaluates on these in place of the test images.
     ``mixup`` and ``cutmix`` are the α of timm's Mixup, 0 for none. ``ema`` is the final decay of the
     average of the weights, which is what is evaluated and saved; it warms up, so short runs are sane.
     ``evaluate_every`` is in epochs (the last epoch is always evaluated), ``save_every`` in seconds.
-    ``schedule``, ``schedule_by``, ``gate_lr`` (a factor on ``lr`` for gates) and ``locality`` belong to
-    networks with reparameterizable convolutions.
+    ``schedule``, ``schedule_by``, ``gate``, ``gate_lr`` (a factor on ``lr`` for gates) and ``locality`` are
+    for networks with reparameterizable convolutions.
 
     Raises FourierBiasError for values out of range.
 
@@ -49,6 +49,7 @@ class Recipe:
     drop_path: float = 0.0
     schedule: str | None = None
     schedule_by: str = "layer"
+    gate: str = "linear"
     gate_lr: float = 1.0
     locality: float | None = None
     evaluate_every: int = 1
@@ -74,7 +75,9 @@ class Recipe:
             "image_size": (self.image_size is None or self.image_size >= 8, "at least 8 pixels"),
             "drop_path": (0 <= self.drop_path < 1, "in [0, 1)"),
             "schedule_by": (self.schedule_by in ("layer", "stage"), "layer or stage"),
+            "gate": (self.gate in ("linear", "sigmoid"), "linear or sigmoid"),
             "gate_lr": (self.gate_lr > 0, "above 0"),
+            "locality": (self.locality is None or self.locality > 0, "above 0, or None for exact"),
             "evaluate_every": (self.evaluate_every >= 1, "at least 1"),
             "save_every": (self.save_every >= 0, "at least 0"),
         }
