@@ -82,7 +82,8 @@ def choose_probes(model: nn.Module, layers: str | Sequence[str] = "blocks") -> l
 
     ``"blocks"``: every residual or transformer block; ``"sublayers"``: for blocks with a token mixer and
     an MLP the state after each residual (Park & Kim's points), whole blocks elsewhere; ``"stages"``: what
-    timm lists in ``feature_info``; otherwise one or more glob patterns on module names (see `glob_names`).  Raises `FourierBiasError` for a pattern that matches nothing.
+    timm lists in ``feature_info``; otherwise one or more glob patterns on module names (see `glob_names`).
+    Raises `FourierBiasError` for a pattern that matches nothing.
 
     >>> import timm
     >>> [p.name for p in choose_probes(timm.create_model("test_vit"), "sublayers")][:2]
