@@ -1,0 +1,194 @@
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import fourierbias
+from fourierbias import FourierBiasError
+from fourierbias.accumulate import Moments
+from fourierbias.spectra import MapReducer, make_spectrum
+from fourierbias.store import Capture, CapturedLayer, Measure, Writer, load
+
+PATHS = ("diagonal", "horizontal", "radial", "2d")
+
+
+def make_capture():
+    reducer = MapReducer(PATHS)
+    layers = {}
+    for index, (name, grid) in enumerate({"stem": (8, 8), "blocks.0:attn": (4, 6)}.items()):
+        moments = reducer.moments(*grid)
+        for key, values in reducer(torch.randn(5, 3, *grid, dtype=torch.float64)).items():
+            moments[key].update(values.numpy())
+        attrs = {"index": index, "depth": float(index), "kind": "conv", "height": grid[0], "width": grid[1]}
+        spectra = {path: make_spectrum(moments, path, grid, attrs=attrs) for path in PATHS}
+        heads = Moments(3)
+        heads.update(np.arange(6.0).reshape(2, 3))
+        measures = {
+            "feature_variance": Measure(np.array([1.5]), np.array([0.1]), 5),
+            "attention_distance": Measure(
+                heads.mean, heads.standard_error, 2, np.arange(3), "head", {"stride": 4.0}
+            ),
+        }
+        layers[name] = CapturedLayer(attrs, spectra, measures)
+    attrs = {
+        "model": "demo",
+        "weights": "random seed=0",
+        "weights_sha256": None,
+        "preprocessing": {"mean": [0.5]},
+    }
+    return Capture(attrs, layers, images=["a.png", "ünï/b.png"], labels=["cat", "dog"])
+
+
+def write(path, capture, **options):
+    return Writer(path, **options).finish(capture)
+
+
+def test_a_file_gives_back_what_was_captured(tmp_path):
+    capture = make_capture()
+    write(tmp_path / "a.h5", capture)
+    back = load(tmp_path / "a.h5")
+    assert list(back) == list(capture) == ["stem", "blocks.0:attn"]
+    assert back.images == capture.images
+    assert back.labels == capture.labels
+    assert {key: back.attrs[key] for key in capture.attrs} == capture.attrs
+    for path in PATHS:
+        for name, spectrum in capture.along(path).items():
+            other = back.along(path)[name]
+            for field in (
+                "frequency",
+                "log_amplitude",
+                "relative",
+                "standard_error",
+                "relative_standard_error",
+            ):
+                np.testing.assert_allclose(
+                    getattr(other, field), getattr(spectrum, field), rtol=1e-12, atol=1e-12
+                )
+            assert (other.count, other.rejected, other.eps, other.path) == (5, 0, 1e-6, path)
+            assert other.attrs == spectrum.attrs
+    for name in ("feature_variance", "attention_distance"):
+        ours, theirs = capture.measure(name)["stem"], back.measure(name)["stem"]
+        np.testing.assert_array_equal(theirs.mean, ours.mean)
+        np.testing.assert_array_equal(theirs.standard_error, ours.standard_error)
+        assert (theirs.count, theirs.axis_name, theirs.attrs) == (ours.count, ours.axis_name, ours.attrs)
+
+
+def test_other_programs_find_a_curve(tmp_path):
+    write(tmp_path / "a.h5", make_capture())
+    with h5py.File(tmp_path / "a.h5") as file:
+        assert file.attrs["complete"]
+        group = file
+        while "default" in group.attrs:  # the chain of NeXus to what is shown on opening
+            group = group[group.attrs["default"]]
+        assert group.attrs["NX_class"] == "NXdata"
+        signal = group[group.attrs["signal"]]
+        assert signal.dims[0]["frequency"] == group["frequency"]
+        assert list(group.attrs["axes"]) == ["frequency"]
+        assert group["log_amplitude_errors"] == group["standard_error"]
+        assert group["log_amplitude_2d"].shape == (4, 6)
+        assert group["radial/log_amplitude"].shape == (3,)
+        assert group["feature_variance"].shape == ()
+
+
+def test_maps_stream_in_and_come_out(tmp_path):
+    capture = make_capture()
+    writer = Writer(tmp_path / "a.h5")
+    maps = torch.randn(5, 3, 8, 8).numpy()
+    writer.append_maps("stem", maps[:2])
+    writer.append_maps("stem", maps[2:])
+    result = writer.finish(capture)
+    np.testing.assert_allclose(result.feature_maps("stem"), maps, atol=2e-3)
+    assert result.feature_maps("stem").dtype == np.float16
+    with pytest.raises(FourierBiasError, match="--features"):
+        result.feature_maps("blocks.0:attn")
+    with pytest.raises(FourierBiasError, match="no layer 'x'"):
+        result.feature_maps("x")
+
+
+@pytest.mark.parametrize("compression", ["gzip", "lzf", "none"])
+def test_compressions_are_lossless_in_float32(tmp_path, compression):
+    writer = Writer(tmp_path / "a.h5", feature_dtype="float32", compression=compression)
+    maps = torch.randn(2, 3, 8, 8).numpy()
+    writer.append_maps("stem", maps)
+    np.testing.assert_array_equal(writer.finish(make_capture()).feature_maps("stem"), maps)
+
+
+def test_the_final_name_appears_only_when_the_file_is_whole(tmp_path):
+    writer = Writer(tmp_path / "a.h5")
+    writer.append_maps("stem", np.zeros((1, 3, 8, 8)))
+    assert not (tmp_path / "a.h5").exists()
+    writer.abandon()
+    assert not list(tmp_path.iterdir())
+    write(tmp_path / "a.h5", make_capture())
+    assert [path.name for path in tmp_path.iterdir()] == ["a.h5"]
+
+
+def test_outputs_are_checked_before_any_work(tmp_path):
+    write(tmp_path / "a.h5", make_capture())
+    with pytest.raises(FourierBiasError, match=r"exists.*--overwrite"):
+        Writer(tmp_path / "a.h5")
+    write(tmp_path / "a.h5", make_capture(), overwrite=True)
+    with pytest.raises(FourierBiasError, match="does not exist: create it"):
+        Writer(tmp_path / "no" / "a.h5")
+    with pytest.raises(FourierBiasError, match="is a folder"):
+        Writer(tmp_path)
+    with pytest.raises(FourierBiasError, match="float16 or float32"):
+        Writer(tmp_path / "b.h5", feature_dtype="int8")
+
+
+def spoil(path, change):
+    write(path, make_capture())
+    with h5py.File(path, "r+") as file:
+        change(file)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda file: file.attrs.modify("format", "other"), "not one of fourierbias"),
+        (lambda file: file.attrs.modify("complete", False), "unfinished"),
+        (lambda file: file.attrs.modify("format_version", 99), "update fourierbias"),
+        (lambda file: file.__delitem__("layers"), "not a readable"),
+        (lambda file: file["layers/stem"].__delitem__("frequency"), "not a readable"),
+        (lambda file: file["layers/stem"].attrs.__delitem__("index"), "not a readable"),
+    ],
+)
+def test_files_that_are_not_whole_captures_are_refused(tmp_path, change, message):
+    with pytest.raises(FourierBiasError, match=message):
+        load(spoil(tmp_path / "a.h5", change))
+
+
+def test_files_that_are_not_hdf5_are_refused(tmp_path):
+    with pytest.raises(FourierBiasError, match=r"no file .*fourierbias capture"):
+        load(tmp_path / "none.h5")
+    (tmp_path / "text.h5").write_text("hello")
+    with pytest.raises(FourierBiasError, match="not a readable"):
+        load(tmp_path / "text.h5")
+    whole = tmp_path / "a.h5"
+    write(whole, make_capture())
+    (tmp_path / "cut.h5").write_bytes(whole.read_bytes()[:3000])
+    with pytest.raises(FourierBiasError, match="not a readable"):
+        load(tmp_path / "cut.h5")
+
+
+def test_a_capture_is_a_mapping_with_views():
+    capture = make_capture()
+    assert len(capture) == 2
+    assert capture["stem"].path == "diagonal"
+    assert capture.along("radial")["stem"].path == "radial"
+    assert capture.with_reference("first")["stem"].relative[1] == 0
+    assert "demo" in repr(capture)
+    with pytest.raises(FourierBiasError, match=r"no vertical.*--path vertical"):
+        capture.along("vertical")
+    with pytest.raises(FourierBiasError, match="'spiral' is not known"):
+        capture.along("spiral")
+    with pytest.raises(FourierBiasError, match=r"no measure 'gate'.*feature_variance"):
+        capture.measure("gate")
+    with pytest.raises(FourierBiasError, match="square"):
+        capture.park_kim()
+
+
+def test_the_face_offers_load(tmp_path):
+    write(tmp_path / "a.h5", make_capture())
+    assert list(fourierbias.load(tmp_path / "a.h5")) == ["stem", "blocks.0:attn"]
