@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,13 @@ from torch import Tensor, nn
 from .accumulate import Moments
 from .errors import FourierBiasError
 from .images import ImageSource, open_images
+from .measures import ATTENTION_MEASURES, AttentionRecorder
 from .models.loading import LoadedModel, load_model
 from .probes import CHOICES, Layer, Recorder, choose_probes
 from .spectra import MapReducer, Projection, make_spectrum
 from .store import Capture, CapturedLayer, Measure, Writer
 
-MEASURES = ("high_frequency_share",)
+MEASURES = ("feature_variance", "high_frequency_share", *ATTENTION_MEASURES)
 
 Progress = Callable[[int, int], None]
 
@@ -39,12 +41,15 @@ class LayerSums:
         self.moments: dict[str, dict[str, Moments]] = {}
 
     def update(self, layer: Layer, values: dict[str, Tensor]) -> None:
-        """Add one batch of per-image values, as `MapReducer` gives them."""
+        """Add one batch of per-image values, as `MapReducer` gives them, and any others (B, K)."""
         if layer.name not in self.layers:
             self.layers[layer.name] = layer
             self.moments[layer.name] = self.reducer.moments(layer.height, layer.width)
+        moments = self.moments[layer.name]
         for name, rows in values.items():
-            self.moments[layer.name][name].update(rows.numpy())
+            if name not in moments:
+                moments[name] = Moments(rows.shape[1])
+            moments[name].update(rows.cpu().numpy())
 
     def merge(self, other: LayerSums) -> None:
         """Add what ``other`` accumulated over other images of the same model and layers."""
@@ -54,14 +59,20 @@ class LayerSums:
             for quantity, sums in moments.items():
                 sums.merge(other.moments[name][quantity])
 
-    def results(self) -> dict[str, CapturedLayer]:
-        """Spectra and measures of each layer, in the order of execution, with its place and shape."""
+    def results(
+        self, about: Callable[[Layer], dict[str, Any]] = lambda layer: {}
+    ) -> dict[str, CapturedLayer]:
+        """Spectra and measures of each layer, in the order of execution, with its place and shape.
+
+        ``about`` gives the attributes that belong beside a layer's measures, by measure.
+        """
         last = max(len(self.layers) - 1, 1)
         return {
-            name: self._result(layer, {"depth": layer.index / last}) for name, layer in self.layers.items()
+            name: self._result(layer, {"depth": layer.index / last}, about(layer))
+            for name, layer in self.layers.items()
         }
 
-    def _result(self, layer: Layer, place: dict[str, Any]) -> CapturedLayer:
+    def _result(self, layer: Layer, place: dict[str, Any], about: dict[str, Any]) -> CapturedLayer:
         moments = self.moments[layer.name]
         described = asdict(layer)
         attrs = {**described.pop("attrs"), **described, **place}
@@ -75,12 +86,21 @@ class LayerSums:
             measures["high_frequency_share"] = _measure(
                 moments["high_frequency_share"], axis=self.reducer.cutoffs, axis_name="cutoff"
             )
+        for name in ATTENTION_MEASURES:
+            if name in moments:
+                heads = range(moments[name].size) if name != "head_diversity" else None
+                measures[name] = _measure(moments[name], heads, "head" if heads else "", about.get(name, {}))
         return CapturedLayer(attrs, spectra, measures)
 
 
-def _measure(moments: Moments, axis: Sequence[float] | None = None, axis_name: str = "") -> Measure:
-    axis = None if axis is None else torch.tensor(axis, dtype=torch.float64).numpy()
-    return Measure(moments.mean, moments.standard_error, moments.count, axis, axis_name)
+def _measure(
+    moments: Moments,
+    axis: Sequence[float] | None = None,
+    axis_name: str = "",
+    attrs: dict[str, Any] | None = None,
+) -> Measure:
+    axis = None if axis is None else np.asarray(axis)
+    return Measure(moments.mean, moments.standard_error, moments.count, axis, axis_name, attrs or {})
 
 
 def capture(
@@ -91,7 +111,7 @@ def capture(
     output: str | os.PathLike[str] | None = None,
     features: bool = False,
     paths: Sequence[str] = ("diagonal",),
-    measures: Sequence[str] = (),
+    measures: str | Sequence[str] = (),
     limit: int | None = None,
     batch_size: int = 32,
     device: str | torch.device | None = None,
@@ -111,7 +131,9 @@ def capture(
     options of the last two.  ``images``: a tensor (N, C, H, W) already preprocessed, a ``Dataset`` or
     ``DataLoader``, a folder or file, or ``"photos"``; ``limit`` of them.  ``layers``: ``"blocks"``,
     ``"sublayers"``, ``"stages"``, or glob patterns on module names.  ``paths``, ``eps`` and
-    ``dead_channels`` are those of `spectrum`; ``measures`` adds ``"high_frequency_share"``.
+    ``dead_channels`` are those of `spectrum`.  ``measures`` adds to each layer any of `MEASURES`, or
+    ``"all"``: ``"high_frequency_share"``, and of layers that hold attention those of `AttentionRecorder`;
+    what a model does not have is named with a reason in ``attrs["skipped_measures"]``.
 
     ``output`` also writes the HDF5 file, with ``features`` the maps themselves, (N, C, H, W) per layer.
     ``progress``: True for a bar on stderr, or a function called with (done, total) images.  Memory does not
@@ -126,9 +148,7 @@ def capture(
     >>> [name for name in c][:2], c["blocks.0:attn"].count
     (['blocks.0:attn', 'blocks.0:mlp'], 3)
     """
-    unknown = set(measures) - set(MEASURES)
-    if unknown:
-        raise FourierBiasError(f"measure {min(unknown)!r} is not known: choose from {', '.join(MEASURES)}")
+    measures = _chosen_measures(measures)
     if features and output is None:
         raise FourierBiasError("features=True stores the maps in a file: name it with output=")
     loaded = model if isinstance(model, LoadedModel) else load_model(model, seed=seed)
@@ -154,6 +174,8 @@ def capture(
         report = stack.enter_context(_progress(progress, len(source)))
         device = stack.enter_context(_on_device(network, device, keep=isinstance(model, nn.Module)))
         stack.enter_context(torch.no_grad())
+        attention = AttentionRecorder(network, measures & set(ATTENTION_MEASURES), calls=calls)
+        stack.enter_context(attention)
         recorder: Recorder | None = None
         for batch in source:
             if recorder is None:
@@ -169,17 +191,20 @@ def capture(
                 )
             reduced = _forward(recorder, batch.images.to(device))
             values = reducer.finish([projection for projection, _ in reduced.values()])
+            attended = attention.take_layers(recorder)
             for (name, (_, maps)), rows in zip(reduced.items(), values, strict=True):
-                sums.update(recorder.layers[name], rows)
+                sums.update(recorder.layers[name], rows | attended.get(name, {}))
                 if maps is not None:
                     writer.append_maps(name, maps.cpu().numpy())
             seen += batch.indices
             report(len(seen) + len(source.failures), len(source))
         if recorder is None or not recorder.layers:
             raise FourierBiasError(_no_maps(recorder))
+        layer_results = sums.results(attention.layer_attrs)
         result = Capture(
-            _describe(loaded, source, recorder, sums, layers=layers, device=device, seed=seed),
-            sums.results(),
+            _describe(loaded, source, recorder, sums, layers=layers, device=device, seed=seed)
+            | {"skipped_measures": attention.missing(layer_results), "skipped_attention": attention.skipped},
+            layer_results,
             images=[source.names[index] for index in seen],
             labels=None if source.labels is None else [source.labels[index] for index in seen],
         )
@@ -214,6 +239,16 @@ def inspect(
         own = next((p.device for p in loaded.module.parameters()), torch.device("cpu"))
         _forward(recorder, torch.zeros(1, *size, device=own))
     return list(recorder.layers.values()), recorder.skipped
+
+
+def _chosen_measures(measures: str | Sequence[str]) -> set[str]:
+    chosen = {measures} if isinstance(measures, str) else set(measures)
+    unknown = chosen - {*MEASURES, "all"}
+    if unknown:
+        raise FourierBiasError(
+            f"measure {min(unknown)!r} is not known: choose from all, {', '.join(MEASURES)}"
+        )
+    return set(MEASURES) if "all" in chosen else chosen
 
 
 def _is_choice(layers: str | Sequence[str]) -> bool:
@@ -291,7 +326,7 @@ def _describe(
         "notes": list(loaded.notes),
         "seed": seed,
         "device": str(device),
-        "torch_version": torch.__version__,
+        "torch_version": str(torch.__version__),
         "timm_version": timm.__version__,
     }
 

@@ -17,7 +17,7 @@ import contextlib
 import inspect
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -26,7 +26,9 @@ from timm.models.convit import GPSA
 from torch import Tensor, nn
 
 from .errors import FourierBiasError
+from .models.reparam import ReparamConv2d
 from .probes import Form, Layer, Recorder, _is_attention
+from .store import CapturedLayer
 
 ATTENTION_MEASURES = ("attention_distance", "head_diversity", "gate", "content_share")
 
@@ -184,14 +186,15 @@ class AttentionRecorder:
     It listens to every forward of ``model`` on images (B, C, H, W), whoever calls it; `take` then gives
     ``{module name: {measure: (B, K)}}`` for the last one: ``attention_distance`` (K = heads, in patches of
     that module, of ``stride[name]`` input pixels), ``head_diversity`` (K = 1), and for gated modules ``gate``
-    and ``content_share`` (K = heads).  ``gate`` is the share that the gate multiplies, ``gate_of[name]`` says
-    of what: in ConViT σ(λ), the share of position; ``content_share`` is that of content everywhere.  Window
-    attention is measured inside each window and averaged over the windows of an image.
+    and ``content_share`` (K = heads).  ``gate`` is the share that the gate lets through and ``gate_of[name]``
+    says of what: position for ConViT's σ(λ), content for the linear gate of `ReparamConv2d`;
+    ``content_share`` is that of content everywhere.  Window attention is measured inside each window and
+    averaged over the windows of an image.
 
-    Recognised are modules that hand the softmax to a child ``attn_drop`` (timm's), and
-    `nn.MultiheadAttention`.  Others are named with a reason in ``skipped``.  For the time being fused
-    attention, which forms no map, is off in the watched modules; on exit, also after an exception, it is as
-    it was and hooks are gone.
+    Recognised are modules that hand the softmax to a child ``attn_drop`` (timm's), `nn.MultiheadAttention`,
+    and `ReparamConv2d` in attention form (one head per tap, padding counted with its distance).  Others are
+    named with a reason in ``skipped``.  For the time being fused attention, which forms no map, is off in the
+    watched modules; on exit, also after an exception, it is as it was and hooks are gone.
 
     A module called several times in one forward counts by its last call, unless ``calls="each"``, which
     names the later ones ``name#2``, ``name#3``, …
@@ -205,7 +208,7 @@ class AttentionRecorder:
     """
 
     def __init__(
-        self, model: nn.Module, measures: Sequence[str] = ATTENTION_MEASURES, *, calls: str = "last"
+        self, model: nn.Module, measures: Iterable[str] = ATTENTION_MEASURES, *, calls: str = "last"
     ) -> None:
         unknown = set(measures) - set(ATTENTION_MEASURES)
         if unknown:
@@ -229,9 +232,10 @@ class AttentionRecorder:
         self._undo = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
             stack.callback(self._undo.close)
-            self._hooked(self.model.register_forward_pre_hook(self._start))
-            for name, module in self.model.named_modules():
-                self._watch(name, module)
+            if self.measures:
+                self._hooked(self.model.register_forward_pre_hook(self._start))
+                for name, module in self.model.named_modules():
+                    self._watch(name, module)
             stack.pop_all()
         return self
 
@@ -284,23 +288,28 @@ class AttentionRecorder:
         attrs |= {"gate": {"share_of": " and ".join(gates)}, "content_share": {"share_of": "content"}}
         return attrs
 
-    def missing(self, found: Iterable[str]) -> dict[str, str]:
-        """Why measures asked for are not among those ``found`` on any layer: {measure: reason}."""
+    def missing(self, layers: Mapping[str, CapturedLayer]) -> dict[str, str]:
+        """Why measures asked for are on none of the captured ``layers``: {measure: reason}."""
         reasons = dict.fromkeys(_OF_GATES, "no attention of this model has a gate")
         reasons |= dict.fromkeys(_OF_MAPS, "this model has no attention")
-        if self.skipped:
+        if self.stride:
+            reasons |= dict.fromkeys(_OF_MAPS, "no captured layer holds attention")
+        elif self.skipped:
             name, reason = next(iter(self.skipped.items()))
             reasons |= dict.fromkeys(_OF_MAPS, f"no attention could be read (first: {name}: {reason})")
-        elif self._mapped:
-            reasons |= dict.fromkeys(_OF_MAPS, "no captured layer holds attention")
         if self.gate_of:
             reasons |= dict.fromkeys(_OF_GATES, "no captured layer holds a gated attention")
-        return {name: reasons[name] for name in ATTENTION_MEASURES if name in self.measures - set(found)}
+        absent = self.measures - {measure for layer in layers.values() for measure in layer.measures}
+        return {name: reasons[name] for name in ATTENTION_MEASURES if name in absent}
 
     def _hooked(self, handle: torch.utils.hooks.RemovableHandle) -> None:
         self._undo.callback(handle.remove)
 
     def _watch(self, name: str, module: nn.Module) -> None:
+        if isinstance(module, ReparamConv2d):
+            if module.is_attention:
+                self._watch_reparam(name, module)
+            return
         if isinstance(module, GPSA) and self.measures & _OF_GATES:
             self.gate_of[name] = "position"
             self._hooked(module.register_forward_hook(partial(self._see_gpsa, name)))
@@ -312,6 +321,21 @@ class AttentionRecorder:
             watch(name, module)
         elif _is_innermost_attention(module):
             self.skipped[name] = f"how {type(module).__name__} forms its map is not known"
+
+    def _watch_reparam(self, name: str, module: ReparamConv2d) -> None:
+        """A reparameterised convolution forms no map of its own accord: it is asked for its distances."""
+        self.gate_of[name] = "position" if module.gate_kind == "sigmoid" else "content"
+
+        def see(_: nn.Module, args: tuple[Any, ...]) -> None:
+            position, content = module.shares()
+            gate = position if self.gate_of[name] == "position" else content
+            shares = {"gate": gate, "content_share": content}
+            self._record(name, {m: share.detach().expand(self._batch, -1) for m, share in shares.items()})
+            if self.measures & _OF_MAPS:
+                self.stride[name] = self._reader.input_size[0] / args[0].shape[-2]
+                self._see_distances(name, torch.stack([module.attention_distance(x[None]) for x in args[0]]))
+
+        self._hooked(module.register_forward_pre_hook(see))
 
     def _watch_timm(self, name: str, module: nn.Module) -> None:
         """timm's attention: unless it is fused, the softmax goes through ``attn_drop``."""
@@ -376,7 +400,9 @@ class AttentionRecorder:
             self.skipped[name] = view
             return
         self.stride[name] = view.stride
-        distances = view.distances(attention)
+        self._see_distances(name, view.distances(attention))
+
+    def _see_distances(self, name: str, distances: Tensor) -> None:
         self._record(name, {"attention_distance": distances, "head_diversity": head_diversity(distances)})
 
     def _see_gpsa(self, name: str, module: GPSA, *_: Any) -> None:
