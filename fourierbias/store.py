@@ -441,8 +441,10 @@ def _read_measure(group: h5py.Group, name: str) -> Measure:
 
 def _plain(value: Any) -> Any:
     """A value as an HDF5 attribute: numbers and strings as they are, anything nested as JSON."""
-    if isinstance(value, bool | int | float | str | np.generic):
+    if isinstance(value, bool | int | float | np.generic):
         return value
+    if isinstance(value, str):
+        return str(value)  # not a subclass such as torch's version, which h5py cannot place
     return json.dumps(value, default=str)
 
 
