@@ -4,9 +4,11 @@ The file is a dictionary of plain values and tensors, so that ``torch.load(path,
 without this package. Half-precision files are for storage only: they are read back as float32.
 """
 
+import contextlib
 import difflib
 import io
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -60,7 +62,8 @@ def write_atomic(path: str | os.PathLike, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         need = f"; {len(data) / 1e6:.1f} MB are needed" if len(data) > 1e5 else ""
         raise FourierBiasError(f"cannot write {path}: {error.strerror}{need}") from None
 
@@ -83,7 +86,9 @@ def load_torch(path: str | os.PathLike, what: str = "checkpoint") -> dict[str, A
     if not path.is_file():
         raise FourierBiasError(f"{path} is a folder, not a {what}; name the file in it")
     try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # torch warns of what is then refused
+            warnings.simplefilter("ignore")
+            values = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
         raise FourierBiasError(f"cannot read {path}: permission denied") from None
     except Exception:  # torch.load has no one exception for damaged bytes: seven kinds were seen

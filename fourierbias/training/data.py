@@ -338,29 +338,38 @@ def load_photographs(preprocessing: dict[str, Any]) -> tuple[Split, Split, list[
         )
     folder = Path(package.submodule_search_locations[0]) / "data"
     size = preprocessing["input_size"][-1]
-    parts: dict[str, list[torch.Tensor]] = {"train": [], "test": []}
+    found: dict[str, list[torch.Tensor]] = {"train": [], "test": []}
     for name in PHOTOGRAPHS:
         photograph = next((image for file in folder.glob(f"{name}.*") if (image := read_image(file))), None)
         if photograph is None:
             raise FourierBiasError(f"photograph {name} is not in {folder}: reinstall scikit-image")
-        width, height = photograph.size
-        shorter = min(width, height)
-        scale = min(max(shorter, 4 * size), 8 * size) / shorter
-        cut = width * 3 // 4
-        for part, box, grid in (
-            ("train", (0, 0, cut, height), TRAIN_GRID),
-            ("test", (cut, 0, width, height), TEST_GRID),
-        ):
-            # Cut before scaling: the filter of a resize would carry pixels across the border.
-            shape = [max(size, round(scale * side)) for side in (box[2] - box[0], height)]
-            region = photograph.crop(box).resize(shape, Image.Resampling.BICUBIC)
-            parts[part].append(cut_patches(to_pixels(region), size, grid))
+        for part, patches in photograph_patches(photograph, size).items():
+            found[part].append(patches)
     splits = []
-    for part, patches in parts.items():
+    for part, patches in found.items():
         names = [f"{name}/{part}-{i:03d}" for name in PHOTOGRAPHS for i in range(len(patches[0]))]
         labels = torch.arange(len(PHOTOGRAPHS)).repeat_interleave(len(patches[0]))
         splits.append(Split(labels, names, preprocessing, pixels=torch.cat(patches)))
     return splits[0], splits[1], list(PHOTOGRAPHS)
+
+
+def photograph_patches(photograph: Image.Image, size: int) -> dict[str, torch.Tensor]:
+    """Return ``train`` and ``test`` patches (N, 3, size, size) uint8 of the two regions of a photograph.
+
+    >>> {part: len(patches) for part, patches in photograph_patches(Image.new("RGB", (99, 70)), 16).items()}
+    {'train': 300, 'test': 60}
+    """
+    width, height = photograph.size
+    shorter = min(width, height)
+    scale = min(max(shorter, 4 * size), 8 * size) / shorter
+    cut = width * 3 // 4
+    patches = {}
+    for part, left, right, grid in (("train", 0, cut, TRAIN_GRID), ("test", cut, width, TEST_GRID)):
+        # Cut before scaling: the filter of a resize would carry pixels across the border.
+        shape = [max(size, round(scale * side)) for side in (right - left, height)]
+        region = photograph.crop((left, 0, right, height)).resize(shape, Image.Resampling.BICUBIC)
+        patches[part] = cut_patches(to_pixels(region), size, grid)
+    return patches
 
 
 def cut_patches(pixels: torch.Tensor, size: int, grid: tuple[int, int]) -> torch.Tensor:
