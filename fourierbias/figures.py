@@ -509,8 +509,10 @@ def _compare_figure(captures: Sequence[Capture], view: View) -> Figure:
         ax = figure.add_subplot(grid[row, column], sharex=first, sharey=first)
         panels.append(ax)
         _draw_curves(ax, curves)
-        ax.set_title(_wrapped(name, int(0.85 * _WIDTH / columns * 13)))
+        width = int(0.85 * _WIDTH / columns * 13)
+        ax.set_title(_wrapped(name, width))
         _label_curves(ax, captures, view)
+        ax.set_xlabel(_wrapped(ax.get_xlabel(), width))
         if column:
             ax.set_ylabel("")
             ax.tick_params(labelleft=False)
@@ -584,7 +586,7 @@ def _label_curves(ax: Axes, captures: Sequence[Capture], view: View) -> None:
 
 def _bar(figure: Figure, panels: Any, norm: Normalize, title: str) -> Any:
     bar = figure.colorbar(ScalarMappable(norm, _MAP), ax=panels, aspect=30, fraction=0.05, pad=0.015)
-    bar.ax.set_title(title, fontsize="small")  # beside the bar it would be read as the next panel's label
+    bar.ax.set_title(title, fontsize=8)  # beside the bar it would be read as the next panel's label
     return bar
 
 
@@ -656,7 +658,7 @@ def _wrapped(text: str, width: int) -> str:
 
 
 def _opened(captures: Any, measure: str | None) -> list[Capture]:
-    items = [captures] if isinstance(captures, Capture | str | os.PathLike) else list(captures)
+    items = list(captures) if isinstance(captures, list | tuple) else [captures]
     if not items:
         raise FourierBiasError("no captures to plot: give at least one")
     opened = []
