@@ -521,7 +521,7 @@ def read_image(path: Path) -> Image.Image | None:
             with Image.open(path) as image:
                 if image.mode.startswith("I") or image.mode == "F":  # convert() would clip 16 bits to white
                     values = np.asarray(image, dtype=np.float32)
-                    scale = 65535 if values.max() > 255 else 255
+                    scale = 65535 if image.mode.startswith("I;16") or values.max() > 255 else 255
                     image = Image.fromarray((values * (255 / scale)).clip(0, 255).astype(np.uint8))
                 return ImageOps.exif_transpose(image).convert("RGB")
     except Exception:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more on bad bytes
