@@ -296,7 +296,7 @@ def _draw_curves(
     for curve, value in zip(curves, values, strict=True):
         color = _MAP(norm(value))
         ax.plot(curve.x, curve.y, color=color, linewidth=width, zorder=3)
-        _band(ax, curve.x, curve.y, curve.error, color, alpha=max(0.03, 0.15 * min(1, 8 / len(curves))))
+        _band(ax, curve.x, curve.y, curve.error, color, alpha=max(0.02, min(0.15, 0.6 / len(curves))))
     _zero_line(ax)
 
 
@@ -594,7 +594,7 @@ def _caption(figure: Figure, captures: Sequence[Capture], view: View, trends: Se
     """What a reader must know to judge the figure, in small type along its lower edge."""
     counts = sorted({trend.count for trend in trends})
     said = [f"n = {numbered(counts[0], 'image')}" if len(counts) == 1 else "n: number of images"]
-    sources = {str(capture.attrs.get("images", "")) for capture in captures}
+    sources = {re.sub(r":? \d+ images?$", "", str(c.attrs.get("images", ""))) for c in captures}
     if len(sources) > 1:
         said.append("not the same images for all")
     elif len(source := sources.pop()) < 60 and source:
@@ -609,6 +609,9 @@ def _caption(figure: Figure, captures: Sequence[Capture], view: View, trends: Se
         )
         if any(s.attrs.get("compat") for c in captures for s in c.values()):
             said.append("values and axis of the published notebook, which stops one bin short of π")
+    random = [name for name, c in zip(view.names, captures, strict=False) if _is_random(c)]
+    if random:
+        said.append("random weights" + (f": {', '.join(random)}" if len(captures) > 1 else ""))
     if view.lacking:
         said.append(f"without this measure: {', '.join(view.lacking)}")
     said += dict.fromkeys(note for trend in trends for note in trend.notes)
@@ -638,6 +641,10 @@ def _full_name(capture: Capture) -> str:
 def _weights_name(capture: Capture) -> str:
     weights = str(capture.attrs.get("weights") or "")
     return Path(weights).stem if re.search(r"\.(ckpt|pth?|tar|bin|safetensors)$", weights) else weights
+
+
+def _is_random(capture: Capture) -> bool:
+    return str(capture.attrs.get("weights", "")).startswith("random")
 
 
 def _joined(name: str, extra: str) -> str:

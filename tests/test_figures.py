@@ -393,6 +393,9 @@ def test_one_capture_can_be_drawn_as_a_comparison():
 
 def test_differing_numbers_of_images_are_told(tmp_path):
     assert "n = 5 images (noise)" in plot(make_capture()).get_supxlabel()
+    counted = make_capture()
+    counted.attrs["images"] = "photographs: 5 images"
+    assert "n = 5 images (photographs)" in plot(counted).get_supxlabel()
     figure = plot([make_capture(model="a"), make_capture(model="b", images=3)])
     titles = [ax.get_title().replace("\N{NO-BREAK SPACE}", " ") for ax in figure.axes[:2]]
     assert titles == ["a (n = 5)", "b (n = 3)"]
@@ -410,6 +413,12 @@ def texts_drawn(figure, monkeypatch):
     monkeypatch.setattr(Text, "draw", lambda self, renderer: found.append(self) or draw(self, renderer))
     canvas.draw()
     return [text for text in found if text.get_visible() and text.get_text().strip()]
+
+
+def test_random_weights_are_told():
+    captures = [make_capture(model="a", weights="random seed=0"), make_capture(model="b", weights="b.ckpt")]
+    assert "random weights: a" in plot(captures).get_supxlabel()
+    assert "random" not in plot(captures[1]).get_supxlabel()
 
 
 @pytest.mark.parametrize(
