@@ -233,6 +233,117 @@ def plot(
     click.echo(f"Wrote {output}" + (f" and {csv}." if csv else "."))
 
 
+@cli.command()
+@click.argument("model")
+@click.option(
+    "--data", default="photos", show_default=True, help="photos, cifar10, cifar100, or an image folder."
+)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Checkpoint (default: MODEL.ckpt here)."
+)
+@click.option("--epochs", type=int, help="Passes over the training images.  [default: 30]")
+@click.option("--batch-size", type=int, help="[default: 128]")
+@click.option("--lr", type=float, help="Peak learning rate.  [default: 0.001]")
+@click.option("--weight-decay", type=float, help="[default: 0.05]")
+@click.option("--warmup-epochs", type=float, help="[default: 2]")
+@click.option("--smoothing", type=float, help="Label smoothing.  [default: 0.1]")
+@click.option("--mixup", type=float, help="α of mixup.  [default: 0, none]")
+@click.option("--cutmix", type=float, help="α of cutmix.  [default: 0, none]")
+@click.option("--drop-path", type=float, help="Stochastic depth.  [default: 0]")
+@click.option(
+    "--ema", type=float, help="Decay of the weight average that is evaluated and saved.  [default: 0.999]"
+)
+@click.option("--opt", help="Any optimiser of timm.  [default: adamw]")
+@click.option("--amp", type=click.Choice(["auto", "bfloat16", "float32"]), help="[default: auto]")
+@click.option("--fraction", type=float, help="Class-balanced share of the training images.  [default: 1]")
+@click.option(
+    "--holdout", type=int, help="Evaluate on so many training images held out, not on the test set."
+)
+@click.option("--image-size", type=int, help="Input side in pixels (default: the model's own).")
+@click.option("--seed", type=int, help="[default: 0]")
+@click.option("--schedule", help="Of `prs`: conv, attention, uniform:E, late-first, early-first.")
+@click.option("--schedule-by", type=click.Choice(["layer", "stage"]), help="[default: layer]")
+@click.option("--gate-lr", type=float, help="Factor on the learning rate of gates.  [default: 1]")
+@click.option("--locality", type=float, help="Strength α of positional attention (default: exact).")
+@click.option(
+    "--recast", multiple=True, metavar="PATTERN", help="Start with these convolutions as attention."
+)
+@click.option("--save-every", type=float, help="Seconds between saved states.  [default: 300]")
+@click.option("--evaluate-every", type=int, help="Epochs between evaluations.  [default: 1]")
+@click.option("--device", help="cpu, cuda, … (default: a GPU if there is one).")
+@click.option("--threads", type=int, help="CPU threads (default: all cores).")
+@click.option(
+    "--resume", is_flag=True, help="Go on with a training that was interrupted; starts one if none was."
+)
+@click.option("--overwrite", is_flag=True, help="Start anew, replacing the output.")
+def train(
+    model: str,
+    data: str,
+    output: Path | None,
+    recast: tuple[str, ...],
+    device: str | None,
+    threads: int | None,
+    resume: bool,
+    overwrite: bool,
+    **settings: Any,
+) -> None:
+    """Train MODEL, a reference network (cnn, vit, prs, eit, lsra, agent) or any timm name, from scratch.
+
+    Writes MODEL.ckpt (the last epoch), MODEL.best.ckpt and the log MODEL.csv.
+    """
+    import torch
+
+    from .training.recipe import Recipe
+    from .training.trainer import TrainingInterruptedError
+    from .training.trainer import train as run
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    recipe = Recipe(**{name: value for name, value in settings.items() if value is not None})
+    try:
+        result = run(
+            model,
+            data,
+            output,
+            recipe,
+            recast={"layers": list(recast)} if recast else None,
+            device=device,
+            resume=resume,
+            overwrite=overwrite,
+        )
+    except TrainingInterruptedError as stopped:
+        _say(str(stopped))
+        sys.exit(130)
+    click.echo(f"Wrote {result.path}: test accuracy {100 * result.metrics['test_accuracy']:.2f} %.")
+    click.echo(f"Next: fourierbias plot {result.path}")
+
+
+@cli.command()
+@click.argument("checkpoints", nargs=-1, required=True)
+@click.option("--data", required=True, help="photos, cifar10, cifar100, or an image folder.")
+@click.option("--device", help="cpu, cuda, … (default: a GPU if there is one).")
+def evaluate(checkpoints: tuple[str, ...], data: str, device: str | None) -> None:
+    """Recompute the test accuracy of CHECKPOINTS, and show what they recorded of it."""
+    import torch
+
+    from .models.checkpoint import build, read_checkpoint
+    from .training.data import load_data
+    from .training.learner import evaluate as measure
+
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    loaded: dict[str, Any] = {}
+    for path in checkpoints:
+        checkpoint = read_checkpoint(path)
+        key = repr(checkpoint.preprocessing)
+        if key not in loaded:
+            loaded[key] = load_data(data, checkpoint.preprocessing, say=_say)
+        network = build(checkpoint).to(device)
+        accuracy = measure(network, loaded[key], device)["accuracy"]
+        recorded = checkpoint.metrics.get("test_accuracy")
+        noted = "" if recorded is None else f"  recorded {100 * recorded:6.2f} %"
+        click.echo(f"{path}  accuracy {100 * accuracy:6.2f} %{noted}")
+
+
 def _layers(layers: tuple[str, ...]) -> str | list[str]:
     if not layers:
         return "blocks"
