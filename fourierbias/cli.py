@@ -174,7 +174,9 @@ def info(model: str, layers: tuple[str, ...], **options: Any) -> None:
 @cli.command()
 @click.argument("files", nargs=-1)
 @click.option("--compare", is_flag=True, help="Models side by side; without FILES those that ship.")
-@click.option("--at", type=float, default=1.0, show_default=True, help="The high frequency, in units of π.")
+@click.option(
+    "--at", type=float, help="Frequency in units of π (default 1); of a measure the cut-off (default 0.5)."
+)
 @click.option(
     "--axis",
     type=click.Choice(["normalized", "input"]),

@@ -1,0 +1,171 @@
+"""What a user types: every case through `fourierbias.cli.main`, a few through the installed program."""
+
+import json
+import subprocess
+import sys
+
+import h5py
+import pytest
+import timm
+import torch
+
+import fourierbias
+from fourierbias.cli import main
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capfd):
+    """Type a command in an empty folder: (status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def type_command(*words):
+        with pytest.raises(SystemExit) as stopped:
+            main([str(word) for word in words])
+        out, err = capfd.readouterr()
+        return stopped.value.code, out, err
+
+    return type_command
+
+
+@pytest.fixture
+def refused(run, tmp_path):
+    """Type a command that must be refused: its one error line; nothing new may be left in the folder."""
+
+    def type_command(*words):
+        before = sorted(tmp_path.rglob("*"))
+        status, _, err = run(*words)
+        assert status == 2
+        errors = [line for line in err.splitlines() if line.startswith("Error: ")]
+        assert len(errors) == 1
+        assert err.splitlines()[-1] == errors[0]
+        assert "Traceback" not in err
+        assert sorted(tmp_path.rglob("*")) == before
+        return errors[0]
+
+    return type_command
+
+
+def test_help_and_version_are_instant_and_light():
+    code = (
+        "import sys, time; t = time.perf_counter(); import fourierbias.cli as c\n"
+        "try: c.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = [m for m in ('torch', 'timm', 'matplotlib', 'h5py', 'numpy', 'scipy') if m in sys.modules]\n"
+        "print(heavy, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "capture" in done.stdout
+    assert done.stderr.strip() == "[]"
+
+
+def test_the_installed_program_and_the_module_answer():
+    for command in (["fourierbias"], [sys.executable, "-m", "fourierbias"]):
+        if command == ["fourierbias"]:
+            command = [sys.executable.replace("python", "fourierbias")]
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+        assert fourierbias.__version__ in done.stdout
+
+
+def test_capture_info_and_plot(run, tmp_path):
+    status, out, err = run("info", "vit", "--layers", "sublayers")
+    assert status == 0
+    assert "blocks.0:attn" in out
+    assert "108×8×8" in out
+    status, out, err = run(
+        "capture", "vit", "--layers", "sublayers", "--images", 4, "--path", "diagonal", "--path", "radial",
+        "--measure", "high_frequency_share", "--features", "-o", "vit.h5",
+    )  # fmt: skip
+    assert status == 0, err
+    assert "random weights" in err
+    assert "Wrote vit.h5: 12 layers, 4 images." in out
+    assert "fourierbias plot vit.h5" in out
+    with h5py.File("vit.h5") as file:
+        assert file["layers/blocks.0:attn/feature_maps"].shape == (4, 108, 8, 8)
+        assert json.loads(file.attrs["preprocessing"])["input_size"] == [3, 32, 32]
+        assert file.attrs["weights"] == "random seed=0"
+    status, out, err = run("plot", "vit.h5", "--csv", "vit.csv")
+    assert status == 0, err
+    assert (tmp_path / "vit.png").stat().st_size > 10_000
+    assert "blocks.0:attn" in (tmp_path / "vit.csv").read_text()
+    status, _, err = run("plot", "vit.h5", "--measure", "high_frequency_share", "-o", "share.svg")
+    assert status == 0, err
+    assert run("plot", "vit.h5", "--path", "radial", "--axis", "input", "-o", "radial.pdf")[0] == 0
+    assert run("plot", "vit.h5", "--compat", "park-kim", "--at", "0.9", "-o", "notebook.png")[0] == 0
+
+
+def test_compare_takes_checkpoints_and_remembers_them(run, tmp_path):
+    assert (
+        run("train", "cnn", "--epochs", 1, "--fraction", 0.02, "--batch-size", 16, "-o", "cnn.ckpt")[0] == 0
+    )
+    status, _, err = run("plot", "--compare", "cnn.ckpt", "--images", 3, "-o", "a.png")
+    assert status == 0, err
+    assert "on the fly" in err
+    status, _, err = run("plot", "--compare", "cnn.ckpt", "--images", 3, "-o", "b.png")
+    assert "captured before" in err
+    assert (tmp_path / "a.png").exists()
+    assert (tmp_path / "b.png").exists()
+
+
+def test_train_evaluate_resume(run, tmp_path):
+    words = ("train", "vit", "--epochs", 1, "--fraction", 0.02, "--batch-size", 16, "-o", "vit.ckpt")
+    status, out, err = run(*words)
+    assert status == 0, err
+    assert "test accuracy" in out
+    assert {path.name for path in tmp_path.iterdir()} >= {"vit.ckpt", "vit.best.ckpt", "vit.csv"}
+    checkpoint = torch.load("vit.ckpt", weights_only=True)
+    assert checkpoint["recipe"]["epochs"] == 1
+    status, out, err = run("evaluate", "vit.ckpt", "--data", "photos")
+    assert status == 0, err
+    accuracy, recorded = (float(word) for word in out.replace("%", "").split() if word[0].isdigit())
+    assert accuracy == pytest.approx(recorded, abs=0.1)
+    assert run(*words, "--resume")[0] == 0
+
+
+def test_weights_files_need_an_architecture(run, refused, tmp_path):
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "w.pth")
+    assert "--arch" in refused("capture", "w.pth")
+    status, _, err = run("capture", "w.pth", "--arch", "test_resnet", "--images", 2, "-o", "w.h5")
+    assert status == 0, err
+    assert fourierbias.load("w.h5").attrs["weights_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["capture", "resnet5O"], "resnet50"),
+        (["capture", "vit", "--data", "nowhere"], "nowhere"),
+        (["capture", "vit", "--images", "0"], "0"),
+        (["capture", "vit", "--layers", "blok.*"], "matches no module"),
+        (["capture", "vit", "-o", "missing/a.h5"], "missing"),
+        (["capture", "vit", "--measure", "entropy"], "entropy"),
+        (["capture", "vit", "--batch-size", "0"], "batch"),
+        (["capture", "vit", "--path", "zigzag"], "zigzag"),
+        (["capture"], "MODEL"),
+        (["captrue", "vit"], "captrue"),
+        (["plot", "none.h5"], "none.h5"),
+        (["plot"], "--compare"),
+        (["train", "no_such_net"], "no_such_net"),
+        (["train", "vit", "--data", "nowhere"], "nowhere"),
+        (["train", "vit", "--epochs", "0"], "epochs"),
+        (["train", "vit", "--fraction", "1.5"], "fraction"),
+        (["evaluate", "none.ckpt", "--data", "photos"], "none.ckpt"),
+    ],
+)
+def test_bad_input_gets_one_line_and_leaves_nothing(refused, words, message):
+    assert message in refused(*words)
+
+
+def test_files_that_are_no_files_of_ours(refused, tmp_path):
+    (tmp_path / "text.ckpt").write_text("hello")
+    (tmp_path / "text.h5").write_text("hello")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.jpg").write_bytes(b"no image")
+    assert "text.ckpt" in refused("capture", "text.ckpt")
+    assert "text.h5" in refused("plot", "text.h5")
+    assert "empty" in refused("capture", "vit", "--data", "empty")
+    assert "bad" in refused("capture", "vit", "--data", "bad")
+    (tmp_path / "old.h5").write_text("precious")
+    assert "--overwrite" in refused("capture", "vit", "-o", "old.h5")
+    assert (tmp_path / "old.h5").read_text() == "precious"
