@@ -309,7 +309,8 @@ def test_the_agent_is_of_the_vits_shape():
     assert agent.num_classes == 3
 
 
-@pytest.mark.parametrize(("mode", "form"), [("joint", "agent_res"), ("shared", "agent")])
+@pytest.mark.parametrize("mode", ["joint", "shared"])
+@pytest.mark.parametrize("form", ["agent", "agent_res"])
 def test_trained_resumed_and_saved_as_plain_networks(mode, form, tmp_path):
     make = bootstrap(mode, agent=form)
     paths = resumed(tmp_path, "vit", after=3, learner=make, model_args=SMALL)
@@ -350,7 +351,7 @@ def test_trained_resumed_and_saved_as_plain_networks(mode, form, tmp_path):
     assert all(0 <= float(row["agent_test_accuracy"]) <= 1 for row in rows)
 
 
-@pytest.mark.parametrize("arch", ["eit", "lsra", "agent"])
+@pytest.mark.parametrize("arch", ["eit", "lsra", "agent", "agent_res"])
 def test_new_architectures_are_trained_and_resumed_exactly(arch, tmp_path):
     size = {"eit": {"embed_dim": 40, "depth": 2}, "lsra": {"embed_dim": 36, "depth": 2}}.get(arch, SMALL)
     paths = resumed(tmp_path, arch, after=2, model_args=size)
