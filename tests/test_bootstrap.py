@@ -351,6 +351,19 @@ def test_trained_resumed_and_saved_as_plain_networks(mode, form, tmp_path):
     assert all(0 <= float(row["agent_test_accuracy"]) <= 1 for row in rows)
 
 
+@pytest.mark.parametrize("other", [{"mode": "shared"}, {"agent": "agent_res"}, {"hint_weight": 5.0}])
+def test_a_training_of_another_kind_is_not_resumed(other, tmp_path):
+    def kill(run):
+        if run.updates_done == 2:
+            raise Stopped
+
+    paths = {"output": tmp_path / "boot.ckpt", "recipe": replace(RECIPE, save_every=0.0), "progress": False}
+    with pytest.raises(Stopped):
+        train("vit", little_data(), **paths, model_args=SMALL, learner=bootstrap(), on_step=[kill])
+    with pytest.raises(FourierBiasError, match="--overwrite to start anew"):
+        train("vit", little_data(), **paths, model_args=SMALL, learner=bootstrap(**other), resume=True)
+
+
 @pytest.mark.parametrize("arch", ["eit", "lsra", "agent", "agent_res"])
 def test_new_architectures_are_trained_and_resumed_exactly(arch, tmp_path):
     size = {"eit": {"embed_dim": 40, "depth": 2}, "lsra": {"embed_dim": 36, "depth": 2}}.get(arch, SMALL)

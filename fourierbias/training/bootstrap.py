@@ -167,18 +167,17 @@ class Bootstrap(Learner):
         )
         self.mode, self.epochs, self.smoothing, self.alignment = mode, epochs, smoothing, alignment
         self.temperature, self.mutual_weight, self.hint_weight = temperature, mutual_weight, hint_weight
-        self.scale = 0.5 if mode == "shared" else 1.0
-
-    def identity(self) -> dict[str, Any]:
-        """Return the settings that a resumed training must have in common with the interrupted one."""
-        names = ("mode", "alignment", "temperature", "mutual_weight", "hint_weight")
-        built = getattr(self.agent, "built_from", {})
-        return {"learner": "Bootstrap", "agent": built.get("arch"), **{n: getattr(self, n) for n in names}}
+        self.form = getattr(agent, "built_from", {}).get("arch", type(agent).__name__)
 
     @property
     def networks(self) -> dict[str, nn.Module]:
         """The ViT under "", and under "agent" the agent as it stands alone (in shared mode a copy)."""
         return {"": self.vit, AGENT: self.agent.standalone()}
+
+    @property
+    def scale(self) -> float:
+        """Factor on the whole loss: a half in shared mode, whose weights get the gradients of both."""
+        return 0.5 if self.mode == "shared" else 1.0
 
     def loss(self, images: Tensor, targets: Tensor, progress: float) -> tuple[Tensor, dict[str, Any]]:
         """Return the loss of a batch, its parts as they stand before weighting, and both accuracies."""
