@@ -158,6 +158,10 @@ def test_image_size_is_built_in_where_the_architecture_fixes_it():
         ("nothing", {"arch": ARCH}, "no such file: nothing"),
         ("local-dir:nowhere", {}, "nowhere has no config.json"),
         (7, {}, "not int"),
+        ("x" * 5000, {}, "no model called"),
+        ("x" * 5000 + ".pth", {}, "no such file"),
+        ("nul\0.pth", {}, "no such file"),
+        ("~nobody-of-this-name/x", {}, "no such file"),
     ],
 )
 def test_bad_names_and_options_are_one_line_with_the_mend(name, options, said, tmp_path, monkeypatch):
@@ -482,9 +486,11 @@ def test_a_kernel_is_not_resampled_into_another_architecture(vit, tmp_path):
 def test_jax_arrays_of_a_vision_transformer(vit, tmp_path):
     arrays, path = jax_arrays(vit), tmp_path / "vit.npz"
     np.savez(path, **arrays)
-    loaded = load_model(path, arch=VIT, num_classes=7)
+    loaded = load_model(path, arch=VIT)
     assert_same(loaded.module, vit.state_dict())
     assert loaded.weights_sha256 == sha256(path)
+    loaded = load_model(path, arch=VIT, num_classes=5)
+    assert_same(loaded.module, {**vit.state_dict(), **head_of(loaded.module, "head")})
 
     headless = {name: value for name, value in arrays.items() if not name.startswith("head")}
     np.savez(path, **headless)

@@ -81,12 +81,13 @@ def fit_weights(
     three that do not on each side.
     """
     notes: list[str] = []
-    module, arguments = build(arch)
-    fit = best_fit(found, module, ema=ema)
+    outline = _outline(arch, build)
+    built = build(arch) if outline is None else None
+    outline = outline if built is None else built[0]
+    fit = best_fit(found, outline, ema=ema)
     tensors = fit.tensors()
-    changes = {key: value for key, value in _changes(tensors, module).items() if key in open_arguments}
-    if changes:
-        module, arguments = build(arch, **changes)
+    changes = {key: value for key, value in _changes(tensors, outline).items() if key in open_arguments}
+    module, arguments = build(arch, **changes) if changes or built is None else built
     with one_line(f"the weights of {path} cannot be copied into {arch}"):  # no data, no numbers, …
         misfit = lay_on(module, tensors, notes)
     if misfit is None:
@@ -303,15 +304,24 @@ def _other_arch(path: Path, arch: str, found: StateDict, build: Build) -> str | 
     for name in [named_after(path), *near]:
         if name is None or name == arch:
             continue
-        try:
-            module, _ = build(name, meta=True)
-        except Exception:  # not every architecture can be built without memory
+        module = _outline(name, build)
+        if module is None:
             continue
         own = {key: shape for key, shape in _shapes(module.state_dict()).items() if not is_head(key, module)}
         for fit in _fits(found, own):
             if fit.matched == len(own) == sum(not is_head(key, module) for key in fit.tensors()):
                 return name
     return None
+
+
+def _outline(arch: str, build: Build) -> nn.Module | None:
+    """The network without memory for its weights, for its names and shapes; not all can be built so."""
+    if ":" in arch:
+        return None
+    try:
+        return build(arch, meta=True)[0]
+    except Exception:
+        return None
 
 
 def _shapes(tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -11,13 +11,13 @@ import re
 import socket
 import urllib.parse
 import urllib.request
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
+import numpy as np
 import timm
 import timm.data
 import timm.models
@@ -138,7 +138,7 @@ def load_model(
     if isinstance(model, os.PathLike) or _is_file_name(model):
         if pretrained:
             raise FourierBiasError(f"{model} is a file with weights of its own; leave --pretrained out")
-        return _from_file(Path(model).expanduser(), request)
+        return _from_file(Path(os.path.expanduser(model)), request)
     if _FACTORY.fullmatch(model) and not model.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         if pretrained:
             raise FourierBiasError(f"--pretrained is for timm names; {model} brings its own weights or none")
@@ -153,10 +153,10 @@ def load_model(
 def _is_file_name(name: str) -> bool:
     if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         return False
-    path = Path(name).expanduser()
-    if path.is_file() or os.sep in name or name.lower().endswith(_WEIGHT_SUFFIXES):
+    path = os.path.expanduser(name)
+    if os.path.isfile(path) or os.sep in name or name.lower().endswith(_WEIGHT_SUFFIXES):
         return True
-    return path.exists() and not timm.is_model(name)  # a folder called like a model does not hide the model
+    return os.path.exists(path) and not timm.is_model(name)  # a folder does not hide a model of its name
 
 
 # -- from a module, a factory, a name ---------------------------------------------------------------------
@@ -257,9 +257,9 @@ def _from_timm_source(name: str, request: _Request) -> LoadedModel:
         )
     digest = None
     if source == "local-dir":
-        folder = Path(identity).expanduser()
+        folder = Path(os.path.expanduser(identity))
         name = f"{source}:{folder}"
-        if not (folder / "config.json").is_file():
+        if not os.path.isfile(folder / "config.json"):
             raise FourierBiasError(
                 f"{folder} has no config.json, so local-dir: cannot read it; name the file"
             )
@@ -362,20 +362,28 @@ def _call_factory(name: str, arguments: Mapping[str, Any]) -> nn.Module:
 
 
 def _from_file(path: Path, request: _Request) -> LoadedModel:
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+    if not os.path.exists(path) and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         raise FourierBiasError(f"no such file: {path}; a model of the hub is typed hf-hub:{path}")
+    try:
+        with one_line(f"{path} cannot be loaded"):
+            loaded = _read(path, request)
+            return dataclasses.replace(loaded, weights=str(path), weights_sha256=sha256(path))
+    except FourierBiasError as error:  # names out of a damaged file may hold line ends
+        text = " ".join(str(error).splitlines())
+        raise FourierBiasError(text if str(path) in text else f"{path}: {text}") from None
+
+
+def _read(path: Path, request: _Request) -> LoadedModel:
     if kind_of(path) == "npz":
-        loaded = _from_npz(path, request)
+        return _from_npz(path, request)
+    values, notes = read_weights(path, unsafe_pickle=request.unsafe_pickle)
+    if isinstance(values, Mapping) and values.get("format") == ours.FORMAT:
+        loaded = _from_checkpoint(path, request)
+    elif isinstance(values, nn.Module) and request.arch is None:
+        loaded = _from_module(values.cpu().eval(), request, pretrained=False)
     else:
-        values, notes = read_weights(path, unsafe_pickle=request.unsafe_pickle)
-        if isinstance(values, Mapping) and values.get("format") == ours.FORMAT:
-            loaded = _from_checkpoint(path, request)
-        elif isinstance(values, nn.Module) and request.arch is None:
-            loaded = _from_module(values.cpu().eval(), request, pretrained=False)
-        else:
-            loaded = _from_weights(path, values, request)
-        loaded.notes[:0] = notes
-    return dataclasses.replace(loaded, weights=str(path), weights_sha256=sha256(path))
+        loaded = _from_weights(path, values, request)
+    return dataclasses.replace(loaded, notes=notes + loaded.notes)
 
 
 def _from_checkpoint(path: Path, request: _Request) -> LoadedModel:
@@ -418,11 +426,17 @@ def _resized(checkpoint: ours.Checkpoint, arguments: dict[str, Any]) -> dict[str
 
 def _from_npz(path: Path, request: _Request) -> LoadedModel:
     arch = request.arch or _no_arch(path, "arrays of JAX")
-    module, arguments = request.build(arch)
+    with one_line(f"{path} is damaged or incomplete"), np.load(path, allow_pickle=False) as arrays:
+        names = list(arrays.files)
+        classes = next((arrays[name].size for name in names if name.endswith("head/bias")), None)
+    changes = {} if ":" in arch or request.num_classes is not None else {"num_classes": classes}
+    module, arguments = request.build(arch, **changes)
     notes = [_imported(arch)] if ":" in arch else []
     if not hasattr(module, "load_pretrained"):
         raise FourierBiasError(f"{arch} reads no .npz weights; give a torch or safetensors file")
-    _check_blocks(path, arch, module)
+    deep = len({match[0] for name in names if (match := re.search(r"encoderblock_\d+/", name))})
+    if deep and deep != len(getattr(module, "blocks", ())):  # timm would leave the surplus out
+        raise FourierBiasError(f"{path} does not fit {arch}: {deep} blocks for {len(module.blocks)}")
     before = {name: value.clone() for name, value in module.state_dict().items()}
     with torch.no_grad():
         for value in module.parameters():
@@ -446,17 +460,6 @@ def _from_npz(path: Path, request: _Request) -> LoadedModel:
         preprocessing=_preprocessing(module, request.size or _built_size(arguments), notes),
         notes=notes,
     )
-
-
-def _check_blocks(path: Path, arch: str, module: nn.Module) -> None:
-    """timm reads as many blocks as the network has; a deeper file would pass for a shallower network."""
-    with one_line(f"{path} is damaged or incomplete"), zipfile.ZipFile(path) as archive:
-        found = {
-            match[1] for name in archive.namelist() if (match := re.search(r"encoderblock_(\d+)/", name))
-        }
-    blocks = getattr(module, "blocks", None)
-    if found and blocks is not None and len(found) != len(blocks):
-        raise FourierBiasError(f"{path} does not fit {arch}: {len(found)} blocks for {len(blocks)}")
 
 
 def _from_weights(path: Path, values: Any, request: _Request) -> LoadedModel:

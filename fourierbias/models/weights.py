@@ -254,7 +254,7 @@ def _naming(names: list[str]) -> str:
 
 
 def _head(path: Path) -> bytes:
-    if not path.exists():
+    if not os.path.exists(path):
         raise FourierBiasError(f"no such file: {path}{_near_files(path)}")
     if path.is_dir() and (path / "config.json").is_file():
         raise FourierBiasError(f"{path} is a folder in timm's layout; type local-dir:{path}")
@@ -315,7 +315,7 @@ def _near_files(path: Path) -> str:
 
     try:
         near = difflib.get_close_matches(path.name, os.listdir(path.parent), n=3)
-    except OSError:
+    except (OSError, ValueError):
         return ""
     return f"; nearest: {', '.join(near)}" if near else ""
 
