@@ -77,9 +77,10 @@ def train(
     ``model`` is a timm name (with ``model_args``, and ``recast`` as for `create`) or a network that timm
     built; ``data`` as for `load_data`; ``learner`` makes the `Learner` of a model (default: `Classifier`).
     While under way all is kept in NAME.state; ``resume`` goes on from it (or starts, if there is none) and
-    ends with the same weights as without interruption (on a CPU to the bit, with as many threads). ``on_step`` are called after every update with the
-    `Run`, ``on_epoch_end`` with the number of epochs done (0 before the first) and the averaged networks;
-    after a kill it may be called again for the same epoch. Sets torch's and numpy's random state.
+    ends with the same weights as without interruption (on a CPU to the bit, with as many threads).
+    ``on_step`` are called after every update with the `Run`, ``on_epoch_end`` with the number of epochs done
+    (0 before the first) and the averaged networks; after a kill that may be the same epoch again. Sets
+    torch's and numpy's random state.
 
     Raises FourierBiasError for bad input and for a loss that is not finite; TrainingInterruptedError after
     Ctrl-C, with the state saved.
