@@ -36,7 +36,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_datase
 from timm.data.transforms import str_to_pil_interp
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms import Compose
 
 from .errors import FourierBiasError
 
@@ -58,7 +58,7 @@ _DATASET_PREFIXES = ("torch", "hfds", "hfids", "tfds")
 _LISTS, _HDF5, _NUMPY = (".txt", ".lst"), (".h5", ".hdf5", ".hdf", ".he5", ".nxs"), (".npy", ".npz")
 _EVALUATION = ("val", "validation", "valid", "test", "testing", "eval", "evaluation")
 _TRAINING = ("train", "training")
-_LARGEST_MEMBER = 1 << 30  # bytes; a larger "image" in an archive is damage or malice
+_LARGEST = 1 << 30  # bytes or values; a larger "image" in an archive or array is damage or malice
 _HDF5_CACHE = 64 << 20  # bytes; the default of 1 MiB unpacks a whole chunk again for each image in it
 _HELP = "a folder, an image, a .txt list, a .zip, file.h5:/dataset, .npy, .npz, photos, or a data set's name"
 
@@ -166,8 +166,15 @@ def _reason(error: BaseException) -> str:
 
 
 def _printable(name: str) -> str:
-    """A file name as text that can be written anywhere; bytes that are not UTF-8 are escaped."""
-    return name if name.isprintable() else os.fsencode(name).decode("utf-8", "backslashreplace")
+    r"""A file name as one line of text that can be written anywhere; what cannot be is escaped.
+
+    >>> print(_printable("Gr\xf6\xdfe.png"), _printable("caf\udce9\n.png"))
+    Größe.png caf\xe9\n.png
+    """
+    if name.isprintable():
+        return name
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class _Preprocess:
@@ -178,7 +185,8 @@ class _Preprocess:
         self.channels, self.height, self.width = config["input_size"]
         self.mode = "L" if self.channels == 1 else "RGB"
         self.interpolation = config.get("interpolation", "bilinear")
-        self.transform = create_transform(**config, is_training=False, normalize=False)
+        *resize, _to_tensor = create_transform(**config, is_training=False, normalize=False).transforms
+        self.resize = Compose(resize)
         self.mean = self._per_channel(config.get("mean", IMAGENET_DEFAULT_MEAN))
         self.std = self._per_channel(config.get("std", IMAGENET_DEFAULT_STD))
 
@@ -197,12 +205,12 @@ class _Preprocess:
     def pixels(self, image: Image.Image) -> Tensor:
         """An image in any mode to (C, H, W) uint8 at the model's input size."""
         self.check_channels()
-        return self.transform(_convert(image, self.mode))
+        return _to_pixels(self.resize(_convert(image, self.mode)))
 
     def crop(self, image: Image.Image, box: tuple[int, int, int, int]) -> Tensor:
         """A box of an image, scaled to the model's input size, (C, H, W) uint8."""
         resampling = str_to_pil_interp(self.interpolation)
-        return pil_to_tensor(image.resize((self.width, self.height), resampling, box=box).convert(self.mode))
+        return _to_pixels(image.resize((self.width, self.height), resampling, box=box))
 
     def finish(self, images: Tensor) -> Tensor:
         """Normalise pixels (…, C, H, W) uint8; floats are taken as preprocessed already."""
@@ -210,6 +218,14 @@ class _Preprocess:
             return images.detach().float()
         mean, std = self.mean.to(images.device), self.std.to(images.device)
         return images.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+
+def _to_pixels(image: Image.Image) -> Tensor:
+    """An image to (C, H, W) uint8, by numpy: torch takes longer to reorder bytes than to decode them."""
+    pixels = np.asarray(image)
+    return torch.from_numpy(
+        np.array(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1), order="C")
+    )
 
 
 # -------------------------------------------------------------------------------------------- readers
@@ -329,7 +345,7 @@ class _Zip(_Reader):
         self.mode = preprocess.mode
         try:
             self.archive = _PerProcess(zipfile.ZipFile, path)
-        except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+        except Exception as error:  # damage shows itself in any form
             raise FourierBiasError(f"{path} is not a readable zip archive: {_reason(error)}") from error
         members = {name for name in self.archive.get().namelist() if _is_image_name(name)}
         if not members:
@@ -349,7 +365,7 @@ class _Zip(_Reader):
     def read(self, place: int) -> tuple[Image.Image, None]:
         archive: zipfile.ZipFile = self.archive.get()
         member = archive.getinfo(self.members[place])
-        if member.file_size > _LARGEST_MEMBER:
+        if member.file_size > _LARGEST:
             raise OSError(f"{member.file_size} bytes when unpacked, too large for an image")
         return _decode(archive.read(member), self.mode), None
 
@@ -361,12 +377,13 @@ class _Array(_Reader):
         self.title, self.array, self.layout = title, array, layout
         pixels = array.get()
         self.names = [str(i) for i in range(len(pixels))]
-        try:  # of all images the same scale, or a dark one would be read as a light one
-            spread = np.unique(np.linspace(0, len(pixels) - 1, 16).astype(int))
+        spread = np.unique(np.linspace(0, len(pixels) - 1, 16).astype(int))
+        try:
             samples = [np.asarray(pixels[int(i)]) for i in spread]
-            self.limit = _limit(np.stack([[sample.min(), sample.max()] for sample in samples]))
-        except (OSError, RuntimeError) as error:
+        except Exception as error:
             raise FourierBiasError(f"{title} cannot be read: {_reason(error)}") from error
+        try:  # of all images one scale, or a dark one would be taken for a light one
+            self.limit = _limit(np.stack([[sample.min(), sample.max()] for sample in samples]))
         except ValueError as error:
             raise FourierBiasError(
                 f"{title} holds {error}; preprocessed images go in from Python, as a tensor (N, C, H, W)"
@@ -726,8 +743,13 @@ def _collect(indices: Sequence[int], results: list[Any], preprocess: _Preprocess
         return _Read(None, [], error=error)
     if len({image.dtype for image in images}) > 1:
         images = [preprocess.finish(image[None])[0] for image in images]
-    stacked = torch.stack(images) if images else None
-    return _Read(stacked, [index for index, _ in good], labels, failures)
+    return _Read(_stack(images) if images else None, [index for index, _ in good], labels, failures)
+
+
+def _stack(images: list[Tensor]) -> Tensor:
+    if images[0].dtype == torch.uint8:  # see `_to_pixels`
+        return torch.from_numpy(np.stack([image.numpy() for image in images]))
+    return torch.stack(images)
 
 
 # -------------------------------------------------------------------------------------------- opening
@@ -853,6 +875,8 @@ def _array_reader(title: str, array: _PerProcess) -> _Array:
             f"{title} has shape {tuple(shape)} of {dtype}: images are numbers (N, H, W), or (N, H, W, C) or "
             "(N, C, H, W) of 1, 3 or 4 channels"
         )
+    if math.prod(shape[1:]) > _LARGEST:
+        raise FourierBiasError(f"{title} has images of shape {tuple(shape[1:])}: too large to be true")
     return _Array(title, array, layout)
 
 
@@ -1050,7 +1074,7 @@ def _numpy_reader(path: str, key: str | None) -> _Array:
             return _array_reader(f"{path}:{key}", _unpacked(archive, key))
     except FourierBiasError:
         raise
-    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
+    except Exception as error:
         raise FourierBiasError(f"{path} is not a readable {path[-4:]} file: {_reason(error)}") from error
 
 
@@ -1097,8 +1121,13 @@ def _hdf5_reader(path: str, key: str | None) -> _Array:
             elif not isinstance(file.get(key), h5py.Dataset):
                 near = difflib.get_close_matches(key, fitting, n=5, cutoff=0) or list(held)[:5]
                 raise FourierBiasError(f"{path} has no dataset {key}: it has {', '.join(near) or 'none'}")
+            bytes_held, shape = file[key].id.get_storage_size(), file[key].shape or ()
+            if shape and shape[0] > bytes_held:  # it would be counted through, and memory would not do
+                raise FourierBiasError(f"{path}:{key} claims {shape[0]} images in {bytes_held} bytes")
         return _array_reader(f"{path}:{key}", _PerProcess(_open_hdf5, path, key))
-    except (OSError, RuntimeError, KeyError) as error:
+    except FourierBiasError:
+        raise
+    except Exception as error:
         raise FourierBiasError(f"{path} is not a readable HDF5 file: {_reason(error)}") from error
 
 

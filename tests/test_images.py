@@ -798,8 +798,7 @@ def test_names_that_are_not_utf8(tmp_path):
     save(tmp_path / "a.png").rename(os.fsdecode(path))
     source = open_images(tmp_path, SMALL)
     assert fetch(source)[1] == [0]
-    assert source.names[0].startswith("caf\\xe9")
-    source.names[0].encode()
+    assert source.names == [r"caf\xe9\n.png"]
 
 
 # ------------------------------------------------------------------------------------------- errors
@@ -874,8 +873,15 @@ def test_hdf5_keys(tmp_path):
         file["stimuli/images"] = np.zeros((2, 8, 8, 3), dtype=np.uint8)
         file["stimuli/masks"] = np.zeros((2, 8, 8), dtype=np.uint8)
         file["labels"] = np.arange(2)
+        file.create_dataset("claims", shape=(10**13, 8, 8, 3), dtype="u1", chunks=(1, 8, 8, 3))
+        file.create_dataset(
+            "wide", data=np.zeros((1, 1, 1, 3)), maxshape=(1, None, None, 3), chunks=(1, 1, 1, 3)
+        )
+        file["wide"].resize((1, 10**7, 10**7, 3))
         file["words"] = np.array([[b"a"] * 8] * 8)[None]
-    assert f"name one, as in {path}:/stimuli/images, {path}:/stimuli/masks" in error(path)
+    assert f"name one, as in {path}:/claims, {path}:/stimuli/images, {path}:/stimuli/masks" in error(path)
+    assert "claims 10000000000000 images in 0 bytes" in error(f"{path}:/claims")
+    assert "too large" in error(f"{path}:/wide")
     assert "it has /stimuli/images" in error(f"{path}:/stimuli/image")
     assert "it has" in error(f"{path}:/stimuli")
     assert "shape (2,) of int64: images are" in error(f"{path}:/labels")
@@ -959,3 +965,68 @@ def test_permission_denied():
     assert "1 of its folders cannot be listed" in source.description
     with pytest.raises(FourierBiasError, match="permission denied"):
         list(source)
+
+
+def test_a_worker_that_dies():
+    def item(index):
+        os._exit(1)
+
+    assert "use fewer workers" in error(Labelled(item), workers=1)
+
+
+def seeds():
+    """One small whole file of each kind."""
+    array = np.stack([pixels(i) for i in range(3)])
+    files = {}
+    for form in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA"):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        files[f"a.{form.lower()}"] = encoded(Image.fromarray(array[0]), form, exif=exif)
+    buffers = {name: io.BytesIO() for name in ("a.zip", "a.npy", "a.npz", "a.h5")}
+    with zipfile.ZipFile(buffers["a.zip"], "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/1.png", files["a.png"])
+        archive.writestr("b/2.jpg", files["a.jpeg"])
+    np.save(buffers["a.npy"], array)
+    np.savez_compressed(buffers["a.npz"], images=array, labels=np.arange(3))
+    with h5py.File(buffers["a.h5"], "w") as file:
+        file.create_dataset("images", data=array, chunks=(1, 16, 16, 3), compression="gzip")
+        file["labels"] = np.arange(3)
+    files |= {name: buffer.getvalue() for name, buffer in buffers.items()}
+    return files | {"a.txt": b"a.png 3\n../a.png 4\n/dev/zero 5\n"}
+
+
+def mutate(content, random):
+    content = bytearray(content)
+    for _ in range(random.choice([1, 3, 10, 50])):
+        place, length = int(random.integers(len(content))), int(random.integers(1, 20))
+        kind = random.choice(["change", "change", "delete", "insert", "cut"])
+        if kind == "change":
+            content[place] = random.integers(256)
+        elif kind == "delete":
+            del content[place : place + length]
+        elif kind == "insert":
+            content[place:place] = random.bytes(length)
+        else:
+            del content[max(place, 1) :]
+        content = content or bytearray(b"x")
+    return bytes(content)
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of damaged EXIF data
+def test_damage_of_any_kind_is_one_line(tmp_path, count):
+    random = np.random.default_rng(count)
+    whole = seeds()
+    outcomes = {True: 0, False: 0}
+    for _ in range(count):
+        name = random.choice(list(whole))
+        path = tmp_path / (name if random.random() < 0.9 else random.choice(list(whole)))
+        path.write_bytes(mutate(whole[name], random))
+        try:
+            fetch(open_images(path, SMALL))
+        except FourierBiasError as caught:
+            assert len(str(caught).splitlines()) == 1
+            outcomes[False] += 1
+        else:
+            outcomes[True] += 1
+    assert min(outcomes.values()) > count / 20  # or it would be no test
