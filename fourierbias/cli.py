@@ -160,6 +160,7 @@ def info(model: str, layers: tuple[str, ...], **options: Any) -> None:
     from .probes import CHOICES
 
     loaded = _load(model, options)
+    _print_gates(loaded)
     for choice in [_layers(layers)] if layers else CHOICES:
         found, skipped = inspect(loaded, choice)
         click.echo(f"\n{choice if isinstance(choice, str) else ' '.join(choice)}: {len(found)} layers")
@@ -169,6 +170,23 @@ def info(model: str, layers: tuple[str, ...], **options: Any) -> None:
             click.echo(f"  {layer.name:<{width}}  {layer.kind:<9}  {shape:>12}  stride {layer.stride:g}")
         for name, reason in skipped.items():
             click.echo(f"  {name:<{width}}  skipped: {reason}")
+
+
+def _print_gates(loaded: Any) -> None:
+    """What the reparameterizable convolutions of a model are by now, on the photographs."""
+    from .images import open_images
+    from .models.reparam import attention_statistics, reparam_layers
+
+    layers = reparam_layers(loaded.module)
+    if not layers:
+        return
+    images = next(iter(open_images("photos", loaded.preprocessing, batch_size=16))).images
+    found = attention_statistics(loaded.module, images)
+    width = max(map(len, layers))
+    click.echo("reparameterizable convolutions (means over heads; distance in patches of the layer's input):")
+    for name, layer in layers.items():
+        numbers = "  ".join(f"{key} {value:.4f}" for key, value in found.get(name, {}).items())
+        click.echo(f"  {name:<{width}}  {'attention' if layer.is_attention else 'conv':<9}  {numbers}")
 
 
 @cli.command()
@@ -213,11 +231,13 @@ def plot(
 ) -> None:
     """Draw captures: Δ log amplitude against frequency, and its high end against depth.
 
-    FILES are captures (.h5) or checkpoints, which are captured on the fly and cached.
+    FILES are captures (.h5) or checkpoints, which are captured on the fly and cached; or one file of spectra
+    through training, from train --probe.
     """
     from .captured import open_captures, shipped_checkpoints
     from .figures import plot as draw
-    from .store import checked_output
+    from .figures import plot_training
+    from .store import checked_output, is_series, load_series
 
     if not files:
         if not compare:
@@ -228,11 +248,19 @@ def plot(
     output = output or Path("compare.png" if compare or len(files) > 1 else Path(files[0]).stem + ".png")
     for path in filter(None, (output, csv)):
         checked_output(path, overwrite=overwrite)
+    if len(files) == 1 and Path(files[0]).suffix == ".h5" and is_series(files[0]):
+        plot_training(load_series(files[0]), output=output, csv=csv, **options)
+        click.echo(_written(output, csv))
+        return
     captures = open_captures(
         files, layers=_layers(layers), data=data, images=images, measure=options["measure"], say=_say
     )
     draw(captures, compare=compare or len(captures) > 1, output=output, csv=csv, **options)
-    click.echo(f"Wrote {output}" + (f" and {csv}." if csv else "."))
+    click.echo(_written(output, csv))
+
+
+def _written(*paths: Path | None) -> str:
+    return f"Wrote {' and '.join(str(path) for path in paths if path)}."
 
 
 @cli.command()
@@ -270,6 +298,22 @@ def plot(
 @click.option(
     "--recast", multiple=True, metavar="PATTERN", help="Start with these convolutions as attention."
 )
+@click.option(
+    "--mode",
+    type=click.Choice(["joint", "shared"]),
+    default="joint",
+    show_default=True,
+    help="Of bootstrap: two networks that teach each other, or that share weights.",
+)
+@click.option("--agent", default="agent", show_default=True, help="Of bootstrap: agent or agent_res.")
+@click.option(
+    "--alignment",
+    type=click.Choice(["2d", "1d"]),
+    default="2d",
+    show_default=True,
+    help="Of bootstrap's hint: pooling on the grid, or along the tokens as the published code does.",
+)
+@click.option("--probe", type=int, metavar="EPOCHS", help="Capture spectra so often, into MODEL.probe.h5.")
 @click.option("--save-every", type=float, help="Seconds between saved states.  [default: 300]")
 @click.option("--evaluate-every", type=int, help="Epochs between evaluations.  [default: 1]")
 @click.option("--device", help="cpu, cuda, … (default: a GPU if there is one).")
@@ -283,6 +327,10 @@ def train(
     data: str,
     output: Path | None,
     recast: tuple[str, ...],
+    mode: str,
+    agent: str,
+    alignment: str,
+    probe: int | None,
     device: str | None,
     threads: int | None,
     resume: bool,
@@ -291,10 +339,13 @@ def train(
 ) -> None:
     """Train MODEL, a reference network (cnn, vit, prs, eit, lsra, agent) or any timm name, from scratch.
 
-    Writes MODEL.ckpt (the last epoch), MODEL.best.ckpt and the log MODEL.csv.
+    MODEL may be bootstrap: the reference ViT with an agent CNN.  Writes MODEL.ckpt (the last epoch),
+    MODEL.best.ckpt and the log MODEL.csv.
     """
     import torch
 
+    from .training.bootstrap import bootstrap
+    from .training.probe import SpectrumProbe
     from .training.recipe import Recipe
     from .training.trainer import TrainingInterruptedError
     from .training.trainer import train as run
@@ -302,12 +353,22 @@ def train(
     if threads is not None:
         torch.set_num_threads(threads)
     recipe = Recipe(**{name: value for name, value in settings.items() if value is not None})
+    learner = None
+    if model == "bootstrap":
+        model, learner = "vit", bootstrap(mode, agent=agent, alignment=alignment)
+        output = output or Path("vit-bootstrapped.ckpt")
+    hooks = []
+    if probe is not None:
+        series = (output or Path(f"{model}.ckpt")).with_suffix(".probe.h5")
+        hooks.append(SpectrumProbe(series, probe, recipe.epochs))
     try:
         result = run(
             model,
             data,
             output,
             recipe,
+            learner=learner,
+            on_epoch_end=hooks,
             recast={"layers": list(recast)} if recast else None,
             device=device,
             resume=resume,
@@ -317,6 +378,8 @@ def train(
         _say(str(stopped))
         sys.exit(130)
     click.echo(f"Wrote {result.path}: test accuracy {100 * result.metrics['test_accuracy']:.2f} %.")
+    if probe is not None:
+        click.echo(f"Wrote {series}: spectra through training.  Next: fourierbias plot {series}")
     click.echo(f"Next: fourierbias plot {result.path}")
 
 

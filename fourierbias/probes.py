@@ -21,7 +21,6 @@ from .errors import FourierBiasError
 from .spectra import tokens_to_maps
 
 CHOICES = ("blocks", "sublayers", "stages")
-KINDS = ("conv", "attention", "mlp", "pool", "embed", "other")
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # Names that timm gives the token-mixing half of a residual block; the other half is its `mlp`.
@@ -98,7 +97,7 @@ def choose_probes(model: nn.Module, layers: str | Sequence[str] = "blocks") -> l
 
 
 def kind_of(module: nn.Module) -> str:
-    """What a module does: conv, attention, mlp, pool, embed, or other.
+    """What a module does: conv, attention, split (some channels each), mlp, pool, embed, or other.
 
     A block that holds attention is ``"attention"`` whatever else it holds; a module may say its own kind
     in an attribute ``fourierbias_kind``.
@@ -123,6 +122,8 @@ def kind_of(module: nn.Module) -> str:
 
 def _is_attention(module: nn.Module) -> bool:
     """Spatial self-attention, by its class's name; gates over channels bear the name too, and are not it."""
+    if getattr(module, "is_attention", False):  # a convolution that has become attention
+        return True
     name = type(module).__name__
     if re.search(r"channel|spatialattn|squeeze|eca|cbam|splitattn|pool|radix|ge?c|drop", name, re.I):
         return False

@@ -24,6 +24,7 @@ from .errors import FourierBiasError
 from .spectra import LINES, PATHS, Spectrum
 
 FORMAT = "fourierbias"
+SERIES_FORMAT = "fourierbias-series"
 FORMAT_VERSION = 1
 COMPRESSIONS = ("gzip", "lzf", "none")
 
@@ -222,6 +223,43 @@ class Writer:
         self.partial.unlink(missing_ok=True)
 
 
+def append_series(path: str | os.PathLike[str], epoch: int, capture: Capture) -> None:
+    """Add the capture of one epoch to a file of captures through training, or replace it there.
+
+    The file holds one capture per group ``epochs/EPOCH``.  It is copied, added to and renamed, so that under
+    its name it is always whole.  Raises `FourierBiasError` when it cannot be written or is something else.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    series = dict(load_series(path)) if path.exists() else {}
+    series[int(epoch)] = capture
+    try:
+        with h5py.File(partial, "w", track_order=True) as handle:
+            handle.attrs.update({"format": SERIES_FORMAT, "format_version": FORMAT_VERSION})
+            for number in sorted(series):
+                group = handle.create_group(f"epochs/{number:06d}", track_order=True)
+                _write(group, series[number])
+                group.attrs["complete"] = True
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise FourierBiasError(f"cannot write {path}: {_reason(error)}") from None
+
+
+def load_series(path: str | os.PathLike[str]) -> list[tuple[int, Capture]]:
+    """Read a file of captures through training: (epoch, capture) in order; errors as of `load`."""
+    with _opened(path) as handle:
+        if handle.attrs.get("format") != SERIES_FORMAT:
+            raise FourierBiasError(f"{path} holds no captures through training: make one with train --probe")
+        return [(int(name), _read(group, None, path)) for name, group in sorted(handle["epochs"].items())]
+
+
+def is_series(path: str | os.PathLike[str]) -> bool:
+    """Whether a file holds captures through training; errors as of `load`."""
+    with _opened(path) as handle:
+        return handle.attrs.get("format") == SERIES_FORMAT
+
+
 def checked_output(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
     """``path`` if a file can be put there; otherwise `FourierBiasError` with the mend."""
     path = Path(path)
@@ -242,19 +280,25 @@ def load(path: str | os.PathLike[str]) -> Capture:
 
     Raises `FourierBiasError` when the file is missing, not HDF5, not ours, or unfinished.
     """
-    path = Path(path)
-    if not path.is_file():
+    with _opened(path) as handle:
+        return _read(handle, Path(path), path)
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
+    """The file open for reading; whatever is wrong with it becomes one line."""
+    if not Path(path).is_file():
         raise FourierBiasError(f"no file {path}: make one with 'fourierbias capture MODEL -o {path}'")
     try:
         with h5py.File(path, "r") as handle:
-            return _read(handle, path)
+            yield handle
     except FourierBiasError:
         raise
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
         raise FourierBiasError(f"{path} is not a readable fourierbias file: {_reason(error)}") from None
 
 
-def _write(handle: h5py.File, capture: Capture) -> None:
+def _write(handle: h5py.Group, capture: Capture) -> None:
     attrs = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -347,8 +391,12 @@ def _write_measure(group: h5py.Group, name: str, measure: Measure) -> None:
         dataset.attrs["axis"] = measure.axis_name
 
 
-def _read(handle: h5py.File, path: Path) -> Capture:
+def _read(handle: h5py.Group, file: Path | None, path: str | os.PathLike[str]) -> Capture:
     attrs = {key: _from_plain(value) for key, value in handle.attrs.items()}
+    if attrs.get("format") == SERIES_FORMAT:
+        raise FourierBiasError(
+            f"{path} holds captures through training: read it with load_series, or plot it"
+        )
     if attrs.get("format") != FORMAT:
         raise FourierBiasError(
             f"{path} is an HDF5 file but not one of fourierbias: give the output of a capture"
@@ -368,7 +416,7 @@ def _read(handle: h5py.File, path: Path) -> Capture:
         labels = [label.decode() for label in handle["images/label"][()]]
     for key in ("format", "format_version", "NX_class", "default", "complete"):
         attrs.pop(key, None)
-    return Capture(attrs, layers, images=images, labels=labels, file=path)
+    return Capture(attrs, layers, images=images, labels=labels, file=file)
 
 
 def _layer_groups(layers: h5py.Group) -> Iterator[tuple[str, h5py.Group]]:

@@ -1,4 +1,4 @@
-"""The definitions once more, in plain float64 numpy, the slow and obvious way, to hold the fast paths against."""
+"""The definitions once more, in plain float64 numpy, slow and obvious, to hold the fast paths against."""
 
 import numpy as np
 
