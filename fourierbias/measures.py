@@ -246,7 +246,8 @@ class AttentionRecorder:
         """What the last forward gave, module by module; nothing more until the next forward."""
         values, self._values = self._values, {}
         for name in self._mapped:
-            if "attention_distance" not in values.get(name, ()):
+            # A module that was never called (a twin of another network's) has nothing to be skipped.
+            if name in self._forms and "attention_distance" not in values.get(name, ()):
                 self.skipped.setdefault(name, "no map passed its attn_drop")
         return values
 

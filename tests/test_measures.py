@@ -16,6 +16,7 @@ import fourierbias.models.vit  # noqa: F401 (registers the reference networks wi
 from fourierbias import FourierBiasError, capture, load
 from fourierbias.capturing import MEASURES
 from fourierbias.measures import AttentionRecorder, Lattice, attention_distance, head_diversity
+from fourierbias.models.agent import share_weights
 from fourierbias.models.reparam import ReparamConv2d, recast
 from fourierbias.probes import Recorder, choose_probes
 from fourierbias.spectra import MapReducer
@@ -426,6 +427,13 @@ def test_heads_of_a_block_that_attends_with_few_channels_are_measured():
         "blocks.0:attn": 10,
         "blocks.1:attn": 10,
     }
+
+
+def test_attention_that_only_lends_its_weights_is_none():
+    vit, agent = timm.create_model("vit"), timm.create_model("agent")
+    values, attention = measured(share_weights(agent, vit).eval(), torch.randn(1, 3, 32, 32))
+    assert values == attention.skipped == {}
+    assert all(block.attn.fused_attn for block in vit.blocks)
 
 
 def test_measures_that_a_model_has_not_are_named_and_its_spectra_captured():
