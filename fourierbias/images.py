@@ -49,10 +49,7 @@ SUFFIXES = (
     *(".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp"),
 )
 # Named, because Pillow would hand anything else that it knows to its plugins: PostScript, for one, it runs.
-FORMATS = (
-    *("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP"),
-    "DIB",
-)
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
 DATASETS = ("cifar10", "cifar100", "fashion_mnist", "kmnist", "mnist", "qmnist")
 _DATASET_PREFIXES = ("torch", "hfds", "hfids", "tfds")
 _LISTS, _HDF5, _NUMPY = (".txt", ".lst"), (".h5", ".hdf5", ".hdf", ".he5", ".nxs"), (".npy", ".npz")
@@ -221,11 +218,10 @@ class _Preprocess:
 
 
 def _to_pixels(image: Image.Image) -> Tensor:
-    """An image to (C, H, W) uint8, by numpy: torch takes longer to reorder bytes than to decode them."""
+    """An image to (C, H, W) uint8; by numpy, since to torch the reordering costs more than the decoding."""
     pixels = np.asarray(image)
-    return torch.from_numpy(
-        np.array(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1), order="C")
-    )
+    pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return torch.from_numpy(np.array(pixels, order="C"))
 
 
 # -------------------------------------------------------------------------------------------- readers
@@ -1023,7 +1019,7 @@ def _folder_reader(folder: str, preprocess: _Preprocess) -> _Files:
 
 
 def _walk(folder: str, unlisted: list[str]) -> list[str]:
-    """The image files below a folder, relative to it; links are followed, but not in circles."""
+    """The image files below a folder, relative to it; links are followed, but to no folder twice."""
     found, seen = [], set()
     for here, folders, files in os.walk(
         folder, followlinks=True, onerror=lambda error: unlisted.append(error.filename)
@@ -1121,14 +1117,20 @@ def _hdf5_reader(path: str, key: str | None) -> _Array:
             elif not isinstance(file.get(key), h5py.Dataset):
                 near = difflib.get_close_matches(key, fitting, n=5, cutoff=0) or list(held)[:5]
                 raise FourierBiasError(f"{path} has no dataset {key}: it has {', '.join(near) or 'none'}")
-            bytes_held, shape = file[key].id.get_storage_size(), file[key].shape or ()
-            if shape and shape[0] > bytes_held:  # it would be counted through, and memory would not do
-                raise FourierBiasError(f"{path}:{key} claims {shape[0]} images in {bytes_held} bytes")
+            _check_size(f"{path}:{key}", file[key])
         return _array_reader(f"{path}:{key}", _PerProcess(_open_hdf5, path, key))
     except FourierBiasError:
         raise
     except Exception as error:
         raise FourierBiasError(f"{path} is not a readable HDF5 file: {_reason(error)}") from error
+
+
+def _check_size(title: str, dataset: h5py.Dataset) -> None:
+    """Refuse a damaged number of images, which there would be no memory to list."""
+    count, held = (dataset.shape or (0,))[0], dataset.id.get_storage_size()
+    elsewhere = dataset.is_virtual or dataset.external
+    if count > max(held, 1_000_000) and not elsewhere:
+        raise FourierBiasError(f"{title} claims {count} images in {held} bytes")
 
 
 def _open_hdf5(path: str, key: str) -> h5py.Dataset:
