@@ -4,10 +4,8 @@ Everything random is a function of (seed, epoch, step): nothing has to be kept t
 a batch can each draw the whole batch's augmentation and take their part of it.
 """
 
-import importlib.util
 import os
 import random
-import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,21 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import FourierBiasError
+from ..images import PHOTOS, SUFFIXES, decode, photo_path
 
-PHOTOGRAPHS = [
-    *("astronaut", "brick", "camera", "cell", "chelsea", "clock_motion", "coffee", "coins", "grass"),
-    *("gravel", "hubble_deep_field", "ihc", "moon", "motorcycle_left", "retina", "rocket"),
-]
 TRAIN_GRID, TEST_GRID = (15, 20), (15, 4)  # rows and columns of patches cut from one photograph
 TEST_FOLDERS = ("test", "val", "validation", "valid")
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 MEMORY_LIMIT = 2 << 30  # bytes of decoded images held in memory; larger sets are read as they are needed
 
 
@@ -331,26 +325,18 @@ def load_photographs(preprocessing: dict[str, Any]) -> tuple[Split, Split, list[
     Training patches come from the left three quarters of each, test patches from the right quarter, on
     regular grids. Photographs are scaled so that their shorter side has four to eight patches.
     """
-    package = importlib.util.find_spec("skimage")
-    if package is None or not package.submodule_search_locations:
-        raise FourierBiasError(
-            "the photographs come with scikit-image, which is missing: pip install scikit-image"
-        )
-    folder = Path(package.submodule_search_locations[0]) / "data"
     size = preprocessing["input_size"][-1]
     found: dict[str, list[torch.Tensor]] = {"train": [], "test": []}
-    for name in PHOTOGRAPHS:
-        photograph = next((image for file in folder.glob(f"{name}.*") if (image := read_image(file))), None)
-        if photograph is None:
-            raise FourierBiasError(f"photograph {name} is not in {folder}: reinstall scikit-image")
+    for name in PHOTOS:
+        photograph = decode(photo_path(name))
         for part, patches in photograph_patches(photograph, size).items():
             found[part].append(patches)
     splits = []
     for part, patches in found.items():
-        names = [f"{name}/{part}-{i:03d}" for name in PHOTOGRAPHS for i in range(len(patches[0]))]
-        labels = torch.arange(len(PHOTOGRAPHS)).repeat_interleave(len(patches[0]))
+        names = [f"{name}/{part}-{i:03d}" for name in PHOTOS for i in range(len(patches[0]))]
+        labels = torch.arange(len(PHOTOS)).repeat_interleave(len(patches[0]))
         splits.append(Split(labels, names, preprocessing, pixels=torch.cat(patches)))
-    return splits[0], splits[1], list(PHOTOGRAPHS)
+    return splits[0], splits[1], list(PHOTOS)
 
 
 def photograph_patches(photograph: Image.Image, size: int) -> dict[str, torch.Tensor]:
@@ -466,7 +452,7 @@ def list_classes(root: Path, classes: Sequence[str], preprocessing: dict[str, An
     """List the image files below each class's folder, at any depth."""
     files, labels = [], []
     for label, name in enumerate(classes):
-        found = sorted(path for path in (root / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        found = sorted(path for path in (root / name).rglob("*") if path.suffix.lower() in SUFFIXES)
         files += found
         labels += [label] * len(found)
     names = [path.relative_to(root).as_posix() for path in files]
@@ -487,7 +473,7 @@ def decode_split(
     pixels = torch.empty((len(split), *size), dtype=torch.uint8)
     readable = torch.zeros(len(split), dtype=torch.bool)
 
-    def decode(index: int) -> None:
+    def fill(index: int) -> None:
         image = read_image(split.files[index])
         if image is not None:
             exact = image.size == (size[2], size[1]) and split.preprocessing.get("crop_pct", 1.0) == 1.0
@@ -495,7 +481,7 @@ def decode_split(
             readable[index] = True
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        work: Iterable[None] = pool.map(decode, range(len(split)), chunksize=64)
+        work: Iterable[None] = pool.map(fill, range(len(split)), chunksize=64)
         if progress:
             console = Console(stderr=True)
             work = track(work, f"decoding {what} images", len(split), console=console, transient=True)
@@ -516,15 +502,8 @@ def decode_split(
 def read_image(path: Path) -> Image.Image | None:
     """Return an image file as RGB, turned as its EXIF says, or None if it cannot be decoded."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                if image.mode.startswith("I") or image.mode == "F":  # convert() would clip 16 bits to white
-                    values = np.asarray(image, dtype=np.float32)
-                    scale = 65535 if image.mode.startswith("I;16") or values.max() > 255 else 255
-                    image = Image.fromarray((values * (255 / scale)).clip(0, 255).astype(np.uint8))
-                return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more on bad bytes
+        return decode(path)
+    except FourierBiasError:
         return None
 
 
