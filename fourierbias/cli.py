@@ -438,6 +438,8 @@ def _print_capture(result: Any) -> None:
     attrs = result.attrs
     for name, reason in attrs["skipped"].items():
         _say(f"skipped {name}: {reason}")
+    for name, reason in {**attrs["skipped_measures"], **attrs["skipped_attention"]}.items():
+        _say(f"no measure of {name}: {reason}")
     for name, calls in attrs["repeated_calls"].items():
         _say(f"{name} was called {calls} times in each forward (see --calls)")
     if attrs["failed_images"]:
