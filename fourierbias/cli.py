@@ -314,6 +314,7 @@ def _written(*paths: Path | None) -> str:
     help="Of bootstrap's hint: pooling on the grid, or along the tokens as the published code does.",
 )
 @click.option("--probe", type=int, metavar="EPOCHS", help="Capture spectra so often, into MODEL.probe.h5.")
+@click.option("--half", is_flag=True, help="Store the checkpoint's weights in half precision.")
 @click.option("--save-every", type=float, help="Seconds between saved states.  [default: 300]")
 @click.option("--evaluate-every", type=int, help="Epochs between evaluations.  [default: 1]")
 @click.option("--device", help="cpu, cuda, … (default: a GPU if there is one).")
@@ -331,6 +332,7 @@ def train(
     agent: str,
     alignment: str,
     probe: int | None,
+    half: bool,
     device: str | None,
     threads: int | None,
     resume: bool,
@@ -369,6 +371,7 @@ def train(
             recipe,
             learner=learner,
             on_epoch_end=hooks,
+            half=half,
             recast={"layers": list(recast)} if recast else None,
             device=device,
             resume=resume,

@@ -69,6 +69,7 @@ def train(
     overwrite: bool = False,
     device: torch.device | str | None = None,
     progress: bool = True,
+    half: bool = False,
     on_step: Sequence[StepHook] = (),
     on_epoch_end: Sequence[EpochHook] = (),
 ) -> Result:
@@ -79,8 +80,8 @@ def train(
     While under way all is kept in NAME.state; ``resume`` goes on from it (or starts, if there is none) and
     ends with the same weights as without interruption (on a CPU to the bit, with as many threads).
     ``on_step`` are called after every update with the `Run`, ``on_epoch_end`` with the number of epochs done
-    (0 before the first) and the averaged networks; after a kill that may be the same epoch again. Sets
-    torch's and numpy's random state.
+    (0 before the first) and the averaged networks; after a kill that may be the same epoch again. ``half``
+    stores the checkpoints' weights in half precision. Sets torch's and numpy's random state.
 
     Raises FourierBiasError for bad input and for a loss that is not finite; TrainingInterruptedError after
     Ctrl-C, with the state saved.
@@ -109,7 +110,7 @@ def train(
             row = run.finish_epoch()
             say(console, epoch_line(row, recipe.epochs))
             call_all(on_epoch_end, run)
-            write_outputs(files, run)
+            write_outputs(files, run, torch.float16 if half else torch.float32)
             run.save_state(files.state)
     files.state.unlink(missing_ok=True)
     return Result(files.checkpoint, run.history[-1], run.history)
@@ -188,8 +189,8 @@ def set_up(
     return run
 
 
-def write_outputs(files: Files, run: Run) -> None:
-    """Write the log, and after an evaluation the checkpoints."""
+def write_outputs(files: Files, run: Run, dtype: torch.dtype) -> None:
+    """Write the log, and after an evaluation the checkpoints, their weights stored as ``dtype``."""
     write_csv(files.beside(".csv"), run.history)
     if run.layer_history:
         write_csv(files.beside(".layers.csv"), run.layer_history)
@@ -198,10 +199,10 @@ def write_outputs(files: Files, run: Run) -> None:
         return
     for suffix in run.networks:
         path = files.beside(f".{suffix}.ckpt") if suffix else files.checkpoint
-        save_checkpoint(path, run.checkpoint(suffix))
+        save_checkpoint(path, run.checkpoint(suffix), dtype=dtype)
     if accuracy > run.best:
         run.best = accuracy
-        save_checkpoint(files.best, run.checkpoint(""))
+        save_checkpoint(files.best, run.checkpoint(""), dtype=dtype)
 
 
 def finished(files: Files, run: Run) -> Result:
