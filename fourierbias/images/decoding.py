@@ -42,6 +42,7 @@ def decode(image: str | os.PathLike[str] | bytes, mode: str = "RGB") -> Image.Im
 
 
 def decoded(image: str | os.PathLike[str] | bytes, mode: str) -> Image.Image:
+    """What `decode` does, with the decoder's own errors."""
     if isinstance(image, bytes):
         if not image:
             raise OSError("empty file")
@@ -94,6 +95,7 @@ def value_limit(values: np.ndarray) -> int:
 
 
 def to_uint8(values: np.ndarray, limit: int) -> np.ndarray:
+    """Pixel values 0…limit as 8-bit ones; ValueError for values outside."""
     if values.dtype == np.uint8:
         return values
     values = values.astype(np.float32) * np.float32(255 / limit)

@@ -46,6 +46,7 @@ def shared_folder(names: Iterable[str]) -> str:
 
 
 def nothing_in(path: str) -> FourierBiasError:
+    """The error for a folder or archive without images: which endings are read."""
     suffixes = " ".join(sorted(SUFFIXES))
     return FourierBiasError(f"no images in {path}: it has no files ending in {suffixes}")
 

@@ -29,20 +29,18 @@ PHOTOS = (
 LARGEST = 1 << 30  # bytes or values; a larger "image" in an archive or array is damage or malice
 
 
-#
-# A reader has `title` (what it is), `names` (of all its images, in order), `labels`, and `read(place)` →
-# (PIL image, or pixels (C, H, W) uint8, or preprocessed (C, H, W) float; label or None).
-
-
 class Reader:
+    """What all readers have: ``title`` says what it is, ``names`` and ``labels`` are of all its images.
+
+    ``read(place)`` gives (image, label or None), the image as a PIL image, as pixels (C, H, W) uint8, or as
+    preprocessed (C, H, W) floats; `Preprocessed` and `Stream` give several at once in its place.
+    """
+
     title: str
     names: Sequence[str]
     labels: Sequence[Any] | None = None
     listed: bool = False  # in an order of our making, so that a limit is spread over it, not cut off
     threads: int = 4  # how many may call `read` at once
-
-    def read(self, place: int) -> tuple[Image.Image | Tensor, Any]:
-        raise NotImplementedError
 
 
 class Photos(Reader):
@@ -128,6 +126,7 @@ class PerProcess:
         self.get()
 
     def get(self) -> Any:
+        """The file, opened in this process."""
         if self.process != os.getpid():
             self.file, self.process = self.opener(*self.arguments), os.getpid()
         return self.file
@@ -280,6 +279,7 @@ def _item_image(image: Any, preprocess: Preprocess) -> Image.Image | Tensor:
 
 
 def is_floating(array: Tensor | np.ndarray) -> bool:
+    """Whether a tensor or array holds floating-point numbers."""
     return array.is_floating_point() if isinstance(array, Tensor) else array.dtype.kind == "f"
 
 
@@ -305,6 +305,7 @@ class Preprocessed(Reader):
         self.names = [str(i) for i in range(len(tensor))]
 
     def take(self, places: Sequence[int]) -> Tensor:
+        """The images at some places, (B, C, H, W) float32."""
         run = slice(places[0], places[-1] + 1) if places[-1] - places[0] + 1 == len(places) else list(places)
         return _as_float(self.tensor[run])
 
