@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow checkpoints lint clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,16 @@ test: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(RUN)/python -m pytest -q -m slow
+
+# Remakes the checkpoints that ship: DATA=cifar10 (downloaded), or an image folder with train/ and test/.
+# What is done is skipped, what was interrupted goes on.
+EPOCHS ?= 15
+checkpoints: $(VENV)/installed
+	for model in cnn vit; do \
+		$(RUN)/fourierbias train $$model --data "$(DATA)" --epochs $(EPOCHS) --half --resume \
+			-o checkpoints/$$model.ckpt || exit; \
+	done
+	$(RUN)/python examples/cards.py checkpoints/*.ckpt > checkpoints/README.md
 
 lint: $(VENV)/installed
 	$(RUN)/ruff format --check .

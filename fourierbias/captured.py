@@ -19,7 +19,7 @@ _PACKAGE = Path(__file__).parent
 def shipped_checkpoints() -> list[Path]:
     """The checkpoints that come with the project, in the wheel or in the repository."""
     for folder in (_PACKAGE / "checkpoints", _PACKAGE.parent / "checkpoints"):
-        found = sorted(folder.glob("*.ckpt"))
+        found = sorted(path for path in folder.glob("*.ckpt") if not path.name.endswith(".best.ckpt"))
         if found:
             return found
     raise FourierBiasError(

@@ -293,6 +293,9 @@ def _written(*paths: Path | None) -> str:
 @click.option("--seed", type=int, help="[default: 0]")
 @click.option("--schedule", help="Of `prs`: conv, attention, uniform:E, late-first, early-first.")
 @click.option("--schedule-by", type=click.Choice(["layer", "stage"]), help="[default: layer]")
+@click.option(
+    "--gate", type=click.Choice(["linear", "sigmoid"]), help="Of attention at a switch.  [default: linear]"
+)
 @click.option("--gate-lr", type=float, help="Factor on the learning rate of gates.  [default: 1]")
 @click.option("--locality", type=float, help="Strength α of positional attention (default: exact).")
 @click.option(
