@@ -89,6 +89,30 @@ def _captured(
     )
 
 
+def in_words(captures: Sequence[Capture], names: Sequence[str], at: float = 1.0) -> str:
+    """Two sentences on the high-frequency response of captures: where it ends, and how it got there.
+
+    ``at`` is the frequency in units of π; numbers are Δ log amplitude, ± one standard error over images.
+
+    >>> import torch, timm, fourierbias
+    >>> c = fourierbias.capture(timm.create_model("test_vit"), torch.ones(2, 3, 160, 160))
+    >>> print(in_words([c], ["test_vit"]))  # doctest: +ELLIPSIS
+    Δ log amplitude at 1π in the last layer: test_vit ... ± 0.00. From the first layer to the last: ...
+    """
+    ends, courses = [], []
+    for name, capture in zip(names, captures, strict=True):
+        first, last = (list(capture.values())[index] for index in (0, -1))
+        start, end = first.at(at), last.at(at)
+        ends.append(f"{name} {end:.2f} ± {last.standard_error_at(at):.2f}")
+        courses.append(
+            f"{name} {'rises' if end > start else 'falls'} from {start:.2f} by {abs(end - start):.2f}"
+        )
+    return (
+        f"Δ log amplitude at {at:g}π in the last layer: {', '.join(ends)}. "
+        f"From the first layer to the last: {', '.join(courses)}."
+    )
+
+
 def cache_folder() -> Path:
     """Where captures made on the fly are kept."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

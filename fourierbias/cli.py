@@ -234,9 +234,9 @@ def plot(
     FILES are captures (.h5) or checkpoints, which are captured on the fly and cached; or one file of spectra
     through training, from train --probe.
     """
-    from .captured import open_captures, shipped_checkpoints
+    from .captured import in_words, open_captures, shipped_checkpoints
     from .figures import plot as draw
-    from .figures import plot_training
+    from .figures import plot_training, unique_names
     from .store import checked_output, is_series, load_series
 
     if not files:
@@ -256,6 +256,9 @@ def plot(
         files, layers=_layers(layers), data=data, images=images, measure=options["measure"], say=_say
     )
     draw(captures, compare=compare or len(captures) > 1, output=output, csv=csv, **options)
+    if compare and options["measure"] is None and options["path"] != "2d":
+        shown = [capture.with_reference(options["reference"]) for capture in captures]
+        click.echo(in_words(shown, unique_names(captures), options["at"] or 1.0))
     click.echo(_written(output, csv))
 
 
