@@ -307,18 +307,15 @@ def _written(*paths: Path | None) -> str:
 @click.option(
     "--mode",
     type=click.Choice(["joint", "shared"]),
-    default="joint",
-    show_default=True,
-    help="Of bootstrap: two networks that teach each other, or that share weights.",
+    help="Of bootstrap: two networks that teach each other, or that share weights.  [default: joint]",
 )
-@click.option("--agent", default="agent", show_default=True, help="Of bootstrap: agent or agent_res.")
+@click.option("--agent", help="Of bootstrap: agent or agent_res.  [default: agent]")
 @click.option(
     "--alignment",
     type=click.Choice(["2d", "1d"]),
-    default="2d",
-    show_default=True,
-    help="Of bootstrap's hint: pooling on the grid, or along the tokens as the published code does.",
+    help="Of bootstrap's hint: pooled on the grid, or along tokens as published code does.  [default: 2d]",
 )
+@click.option("--hint-weight", type=float, help="Of bootstrap's feature hint.  [default: 10]")
 @click.option("--probe", type=int, metavar="EPOCHS", help="Capture spectra so often, into MODEL.probe.h5.")
 @click.option("--half", is_flag=True, help="Store the checkpoint's weights in half precision.")
 @click.option("--save-every", type=float, help="Seconds between saved states.  [default: 300]")
@@ -334,9 +331,10 @@ def train(
     data: str,
     output: Path | None,
     recast: tuple[str, ...],
-    mode: str,
-    agent: str,
-    alignment: str,
+    mode: str | None,
+    agent: str | None,
+    alignment: str | None,
+    hint_weight: float | None,
     probe: int | None,
     half: bool,
     device: str | None,
@@ -362,9 +360,15 @@ def train(
         torch.set_num_threads(threads)
     recipe = Recipe(**{name: value for name, value in settings.items() if value is not None})
     learner = None
+    teaching = {"mode": mode, "agent": agent, "alignment": alignment, "hint_weight": hint_weight}
+    teaching = {name: value for name, value in teaching.items() if value is not None}
     if model == "bootstrap":
-        model, learner = "vit", bootstrap(mode, agent=agent, alignment=alignment)
+        model, learner = "vit", bootstrap(**teaching)
         output = output or Path("vit-bootstrapped.ckpt")
+    elif teaching:
+        raise FourierBiasError(
+            f"--{min(teaching).replace('_', '-')} is for training bootstrap, not {model}: leave it out"
+        )
     hooks = []
     if probe is not None:
         series = (output or Path(f"{model}.ckpt")).with_suffix(".probe.h5")

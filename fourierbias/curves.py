@@ -17,7 +17,7 @@ from .errors import FourierBiasError
 from .store import Capture, CapturedLayer, Measure
 
 AXES = ("normalized", "input")
-SHADES = ("attention", "subsampling")
+SHADES = ("attention", "split", "subsampling")
 MARGIN = 0.03  # of the depth axis, beyond its first and last layer
 COLUMNS = (
     "panel", "model", "epoch", "layer", "index", "depth", "kind", "height", "width", "stride", "quantity",
@@ -203,7 +203,7 @@ def shaded_spans(capture: Capture) -> list[tuple[float, float, str]]:
     """Intervals of depth to shade, (start, stop, shade): the step from the layer before into the layer.
 
     That is where Park & Kim shade: what a layer does is how the curve changes across it.  ``"attention"``
-    is by kind, ``"subsampling"`` a pooling layer or one of a coarser grid than the layer before.
+    and ``"split"`` (some channels attend, some convolve) are by kind, ``"subsampling"`` is a pooling layer or one of a coarser grid than the layer before.
     Neighbours of one shade are joined.
     """
     records = list(capture.layers.values())
@@ -213,7 +213,7 @@ def shaded_spans(capture: Capture) -> list[tuple[float, float, str]]:
     coarser = [False, *(after > 1.001 * before for before, after in pairwise(strides))]
     kinds = [r.attrs["kind"] for r in records]
     shaded = {
-        "attention": [kind == "attention" for kind in kinds],
+        **{shade: [kind == shade for kind in kinds] for shade in ("attention", "split")},
         "subsampling": [kind == "pool" or step for kind, step in zip(kinds, coarser, strict=True)],
     }
     spans: list[tuple[float, float, str]] = []

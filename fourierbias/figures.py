@@ -43,8 +43,12 @@ _MAP = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0.0, 0.9, 256)
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#7A5C00")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
 _DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)))
-_SHADES = {"attention": "#e0e0e0", "subsampling": "#bfdcf2"}
-_SHADE_NAMES = {"attention": "attention", "subsampling": "pooling/subsampling"}
+_SHADES = {"attention": "#e0e0e0", "split": "#f0e4c4", "subsampling": "#bfdcf2"}
+_SHADE_NAMES = {
+    "attention": "attention",
+    "split": "attention and convolution",
+    "subsampling": "pooling/subsampling",
+}
 
 _WIDTH = 9.0  # inches
 _CHARACTERS_PER_INCH = 17  # of 8-point text
