@@ -203,8 +203,8 @@ def shaded_spans(capture: Capture) -> list[tuple[float, float, str]]:
     """Intervals of depth to shade, (start, stop, shade): the step from the layer before into the layer.
 
     That is where Park & Kim shade: what a layer does is how the curve changes across it.  ``"attention"``
-    and ``"split"`` (some channels attend, some convolve) are by kind, ``"subsampling"`` is a pooling layer or one of a coarser grid than the layer before.
-    Neighbours of one shade are joined.
+    and ``"split"`` (some channels attend, some convolve) are by kind, ``"subsampling"`` is a pooling layer
+    or one of a coarser grid than the layer before.  Neighbours of one shade are joined.
     """
     records = list(capture.layers.values())
     # A single layer has no step: it is shaded about its place.
