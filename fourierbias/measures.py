@@ -387,10 +387,9 @@ class AttentionRecorder:
         if self._reader is None or self._reader.input_size != size:
             self._reader = Recorder(self.model, (), lambda layer, maps: None, input_size=size)
             self._views.clear()
-        self._reader._batch = self._batch
 
     def _see_input(self, name: str, tokens: Any) -> None:
-        self._forms[name] = self._reader._interpret(tokens)[1]
+        self._forms[name] = self._reader.form_of(tokens, self._batch)
 
     def _see_map(self, name: str, module: nn.Module, attention: Tensor) -> None:
         key = (name, len(attention) / self._batch, *attention.shape[1:])
