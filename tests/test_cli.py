@@ -10,6 +10,8 @@ import timm
 import torch
 
 import fourierbias
+import fourierbias.models
+import fourierbias.store
 from fourierbias.cli import main
 
 
@@ -120,6 +122,53 @@ def test_train_evaluate_resume(run, tmp_path):
     accuracy, recorded = (float(word) for word in out.replace("%", "").split() if word[0].isdigit())
     assert accuracy == pytest.approx(recorded, abs=0.1)
     assert run(*words, "--resume")[0] == 0
+
+
+def test_bootstrapping_writes_two_networks(run, refused, tmp_path):
+    words = ("--epochs", 1, "--fraction", 0.02, "--batch-size", 16)
+    status, _, err = run("train", "bootstrap", "--mode", "shared", *words)
+    assert status == 0, err
+    for name, arch in (("vit-bootstrapped.ckpt", "vit"), ("vit-bootstrapped.agent.ckpt", "agent")):
+        assert torch.load(name, weights_only=True)["arch"] == arch
+        status, _, err = run("capture", name, "--images", 2, "--layers", "sublayers", "-o", f"{arch}.h5")
+        assert status == 0, err
+    assert "--mode is for training bootstrap" in refused("train", "cnn", "--mode", "joint")
+
+
+def test_the_published_form_of_eit_weights(run, tmp_path):
+    network = timm.create_model("eit_mini")
+    torch.save({"model": network.state_dict(), "epoch": 299}, tmp_path / "best_checkpoint.pth")
+    status, _, err = run(
+        "capture",
+        "best_checkpoint.pth",
+        "--arch",
+        "eit_mini",
+        "--images",
+        2,
+        "--measure",
+        "all",
+        "-o",
+        "eit.h5",
+    )
+    assert status == 0, err
+    capture = fourierbias.load("eit.h5")
+    assert [record.attrs["kind"] for record in capture.layers.values()] == ["split"] * 4 + ["attention"]
+    assert capture["blocks.0"].attrs["height"] == 19
+    assert capture.measure("head_diversity").keys() == capture.keys()
+
+
+def test_spectra_through_training(run, tmp_path):
+    words = ("--epochs", 2, "--fraction", 0.02, "--batch-size", 16)
+    status, out, err = run("train", "prs", "--schedule", "uniform:1", "--probe", 1, *words)
+    assert status == 0, err
+    series = fourierbias.store.load_series("prs.probe.h5")
+    assert [epoch for epoch, _ in series] == [0, 1, 2]
+    last = {name: record.attrs["kind"] for name, record in series[-1][1].layers.items()}
+    assert (last["layer1.0"], last["layer4.1"]) == ("conv", "attention")
+    assert run("plot", "prs.probe.h5")[0] == 0
+    assert "captures through training" in run("plot", "prs.probe.h5", "prs.ckpt", "-o", "b.png")[2]
+    status, out, _ = run("info", "prs.ckpt", "--layers", "blocks")
+    assert "content_share" in out
 
 
 def test_weights_files_need_an_architecture(run, refused, tmp_path):
