@@ -3,6 +3,7 @@
     python benchmarks/attention.py              the tables, float32 (two minutes on two idle cores)
     python benchmarks/attention.py --bfloat16   the same under autocast
     python benchmarks/attention.py --json       as JSON
+    python benchmarks/attention.py --cpu-time   on a busy machine: one thread, its time on the CPU
     python benchmarks/attention.py --quick      two rounds, to see that it runs
 
 All ways are measured in one process, in turn, round after round; times are medians, ratios are medians of the
@@ -10,10 +11,10 @@ per-round ratios. Memory is the peak of resident memory above the process at res
 its own. glibc's malloc moves every ratio: with its default threshold each large temporary is mapped, faulted
 in and unmapped again, so both are shown, the default and the setting below, as the command line has it.
 
-"Written out" builds the gated (B, K², N, N) attention that the others avoid. It is already spared what it
-could be: positions are computed once and not per sample, and zero tokens have left the maps. timm's GPSA has
-narrow values, C / heads to a head, and cannot hold a convolution's kernel: it is another function, shown for
-scale, with the heads of convit_tiny (192 channels do not divide by nine).
+"Written out" builds the gated (B, K², N, N) attention that the others avoid, with positions known beforehand;
+"written out, positions per sample" computes their softmax for every sample, as timm's GPSA does. GPSA itself
+has narrow values, C / heads to a head, and cannot hold a convolution's kernel: it is another function, shown
+for scale, with the heads of convit_tiny (192 channels do not divide by nine).
 """
 
 import argparse
@@ -33,7 +34,8 @@ MALLOC = {
 BATCH, CHANNELS, GRID, KERNEL = 32, 192, 14, 3
 PLAIN, BEFORE, CLOSED = "plain convolution", "ours before the switch", "ours in eval, gates at 0"
 OURS, FUSED = "ours as attention", "ours as attention, fused backend"
-OUT, GPSA = "written out", "timm GPSA"
+OUT, EACH, GPSA = "written out", "written out, positions per sample", "timm GPSA"
+SHARP = 46.0  # locality at which soft positions are one-hot in float32
 
 
 def layers():
@@ -47,12 +49,15 @@ def layers():
     class WrittenOut(nn.Module):
         """A_pos + g (A_content - A_pos), then values, then the projection, in as many words."""
 
-        def __init__(self, layer):
+        def __init__(self, layer, per_sample):
             super().__init__()
+            self.per_sample = per_sample
             self.weight, self.query, self.key, self.gate = layer.weight, layer.query, layer.key, layer.gate
             self.heads = layer.heads
-            position = positional_attention(KERNEL, (GRID, GRID)).transpose(0, 1)
-            self.register_buffer("position", position.contiguous())
+            position = positional_attention(KERNEL, (GRID, GRID)).transpose(0, 1).contiguous()
+            scores = positional_attention(KERNEL, (GRID, GRID), locality=SHARP).transpose(0, 1).log()
+            self.register_buffer("position", scores.clamp(min=-1e4) if per_sample else position)
+            self.register_buffer("inside", position.sum(-1, keepdim=True))  # 0 where the tap is on padding
 
         def forward(self, x):
             B, _, H, W = x.shape
@@ -62,7 +67,10 @@ def layers():
                 for weight in (self.query, self.key)
             )
             content = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
-            attention = self.position + self.gate[:, None, None] * (content - self.position)
+            position = self.position
+            if self.per_sample:
+                position = position.expand(B, -1, -1, -1).softmax(-1) * self.inside
+            attention = position + self.gate[:, None, None] * (content - position)
             values = (attention @ tokens[:, None]).transpose(1, 2).flatten(2)
             y = values @ self.weight.permute(2, 3, 1, 0).reshape(-1, self.weight.shape[0])
             return y.transpose(1, 2).reshape(B, -1, H, W)
@@ -90,7 +98,8 @@ def layers():
         CLOSED: closed,
         OURS: opened,
         FUSED: fused,
-        OUT: WrittenOut(opened),
+        OUT: WrittenOut(opened, per_sample=False),
+        EACH: WrittenOut(opened, per_sample=True),
         GPSA: Tokens(convit.GPSA(CHANNELS, 4)),
     }
 
@@ -115,10 +124,13 @@ def step(layer, bfloat16):
     return run
 
 
-def measure(rounds, bfloat16):
+def measure(rounds, bfloat16, cpu_time):
     """Return seconds per round of every way, and how far ours is from the one written out."""
     import torch
 
+    now = time.process_time if cpu_time else time.perf_counter
+    if cpu_time:
+        torch.set_num_threads(1)
     runs = {name: step(layer, bfloat16) for name, layer in layers().items()}
     expected, found = runs[OUT](), runs[OURS]()
     difference = {
@@ -127,10 +139,10 @@ def measure(rounds, bfloat16):
     seconds = {name: [] for name in runs}
     for number in range(rounds + 2):  # two to warm up
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = now()
             run()
             if number >= 2:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(now() - start)
     return {
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -140,6 +152,7 @@ def measure(rounds, bfloat16):
                 "ms": 1000 * statistics.median(seconds[name]),
                 "ratio_to_convolution": ratio(seconds[name], seconds[PLAIN]),
                 "ratio_to_written_out": ratio(seconds[name], seconds[OUT]),
+                "ratio_to_written_out_per_sample": ratio(seconds[name], seconds[EACH]),
                 "ratio_to_gpsa": ratio(seconds[name], seconds[GPSA]),
             }
             for name in seconds
@@ -187,6 +200,14 @@ def table(result):
             ratios = (way[f"ratio_to_{of}"] for of in ("convolution", "written_out", "gpsa"))
             cells += [f"{way['ms']:.0f}", *(f"{r:.2f}" for r in ratios)]
         lines.append(f"| {name} | {' | '.join(cells)} | {peak:.0f} |")
+    for malloc in ("default", "set"):
+        ways, peak = result[malloc]["ways"], result["peak_mib"]
+        for other, key in ((OUT, "ratio_to_written_out"), (EACH, "ratio_to_written_out_per_sample")):
+            lines += [
+                "",
+                f"malloc {malloc}: ours as attention is {1 / ways[OURS][key]:.2f} × as fast as {other!r}, "
+                f"with {peak[OURS] / peak[other]:.2f} of its memory",
+            ]
     differences = ", ".join(f"{key} {value:.0e}" for key, value in result["default"]["difference"].items())
     return "\n".join([*lines, "", f"ours against the one written out, relative: {differences}"])
 
@@ -198,18 +219,20 @@ def main():
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--quick", action="store_true", help="two rounds")
     parser.add_argument("--bfloat16", action="store_true", help="under autocast to bfloat16")
+    parser.add_argument("--cpu-time", action="store_true", help="one thread, time on the CPU")
     parser.add_argument("--rounds", type=int, default=15, help="rounds (15)")
     parser.add_argument("--child", choices=("time", "memory"), help=argparse.SUPPRESS)
     parser.add_argument("--way", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     rounds = 2 if arguments.quick else arguments.rounds
     if arguments.child == "time":
-        print(json.dumps(measure(rounds, arguments.bfloat16)))
+        print(json.dumps(measure(rounds, arguments.bfloat16, arguments.cpu_time)))
         return
     if arguments.child == "memory":
         print(json.dumps(memory(arguments.way, arguments.bfloat16)))
         return
-    passed = ["--rounds", str(rounds), *(["--bfloat16"] if arguments.bfloat16 else [])]
+    passed = ["--rounds", str(rounds)]
+    passed += [flag for flag in ("--bfloat16", "--cpu-time") if flag in sys.argv]
     result = {"dtype": "bfloat16" if arguments.bfloat16 else "float32", "malloc": MALLOC}
     for malloc in ("default", "set"):
         print(f"timing, malloc {malloc} …", file=sys.stderr)
