@@ -8,6 +8,7 @@ says of itself, reduces it inside the hook, and leaves the model as it was.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -198,12 +199,28 @@ def _related(a: str, b: str) -> bool:
 def _stage_probes(model: nn.Module) -> list[Probe]:
     modules = dict(model.named_modules())
     infos = getattr(model, "feature_info", None) or []
-    names = [info["module"] for info in (infos if isinstance(infos, list) else infos.get_dicts())]
-    probes = [Probe(name, name, kind_of(modules[name])) for name in dict.fromkeys(names) if name in modules]
-    if probes:
-        return probes
-    found = [(n, m) for n, m in model.named_children() if _weights(m)] or [("", model)]
-    return [Probe(name, name, kind_of(module)) for name, module in found]
+    listed = [info["module"] for info in (infos if isinstance(infos, list) else infos.get_dicts())]
+    names = [_called(name, modules) for name in listed if name]
+    if not names or None in names:  # timm lists nothing, or names that are no modules: the end of each run
+        names = list({path.rpartition(".")[0]: path for path, _ in _blocks(model)}.values())
+    names = names or [name for name, child in model.named_children() if _weights(child)] or [""]
+    return [Probe(name, name, kind_of(modules[name])) for name in dict.fromkeys(names)]
+
+
+def _called(name: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """The module that ``name`` means, with a list of modules, which is never called, standing for its last.
+
+    Where the network is wrapped in another (an encoder in a classifier) its names lack the wrapper's.
+    """
+    matches = [name] if name in modules else [path for path in modules if path.endswith(f".{name}")]
+    if len(matches) != 1:
+        return None
+    path = matches[0]
+    while isinstance(modules[path], nn.ModuleList):
+        if not len(modules[path]):
+            return None
+        path = f"{path}.{len(modules[path]) - 1}"
+    return path
 
 
 def glob_names(pattern: str, names: Iterable[str]) -> list[str]:
@@ -270,8 +287,10 @@ class Recorder:
         self._forms: dict[tuple[str, tuple[int, ...]], Form | str] = {}
         self._counts: dict[str, int] = {}
         self._batch = 0
-        self._grids = _model_grids(model, input_size)
-        self._prefix = getattr(model, "num_prefix_tokens", None)
+        self._grids, self._pyramid = _model_grids(model, input_size), _pyramid_grids(input_size)
+        self._prefix = _prefix_tokens(model)
+        self._blocked = _blocked_grids(model)
+        self._reroll = getattr(model, "reroll", None)
 
     def __enter__(self) -> Recorder:
         self._modules = dict(self.model.named_modules())
@@ -336,13 +355,18 @@ class Recorder:
         if count > 1:
             self.repeated[name] = max(count, self.repeated.get(name, 0))
             name = name if self.calls == "last" else f"{name}#{count}"
-        tensor, form = self._interpret(output)
-        if isinstance(form, str):
+        if self._reroll is not None:
+            output = self._in_raster_order(probe, output)
+        found = output if isinstance(output, str) else self._interpret(output)
+        if isinstance(found, str):
             if name not in self.layers:
-                self.skipped[name] = form
+                self.skipped[name] = found
             return
-        maps = form.view(tensor.detach())
-        layer = self.layers.get(name) or self._new_layer(name, probe.kind, maps)
+        for branch, maps in enumerate(found):
+            self._take(f"{name}[{branch}]" if branch else name, probe.kind, maps)
+
+    def _take(self, name: str, kind: str, maps: Tensor) -> None:
+        layer = self.layers.get(name) or self._new_layer(name, kind, maps)
         if (layer.channels, layer.height, layer.width) != tuple(maps.shape[1:]):
             raise FourierBiasError(
                 f"layer {name} gave maps of {tuple(maps.shape[1:])} after {layer.channels}×{layer.height}×"
@@ -357,18 +381,47 @@ class Recorder:
         layer = self.layers[name] = Layer(name, kind, len(self.layers), channels, height, width, stride)
         return layer
 
-    def _interpret(self, output: Any) -> tuple[Tensor | None, Form | str]:
-        """The first tensor in ``output`` that is a map, and its form; or why there is none."""
-        reason = "its output holds no tensor"
-        for tensor in _tensors(output):
-            key = tuple(tensor.shape)
-            form = self._forms.get(key)
-            if form is None:
-                form = self._forms[key] = self._form(tensor)
-            if isinstance(form, Form):
-                return tensor, form
-            reason = form
-        return None, reason
+    def _interpret(self, output: Any) -> list[Tensor] | str:
+        """The first tensor in ``output`` that is a map (B, C, H, W), as such; or why there is none.
+
+        An output that is nothing but maps of one layout, on different grids, is that of a network of several
+        branches (HRNet, CrossViT): then all of them.
+        """
+        tensors = list(_tensors(output))
+        forms = [self._cached_form(tensor) for tensor in tensors]
+        found = [
+            (tensor, form) for tensor, form in zip(tensors, forms, strict=True) if isinstance(form, Form)
+        ]
+        if not found:
+            return str(forms[-1]) if forms else "its output holds no tensor"
+        grids = {(form.height, form.width) for _, form in found}
+        layouts = {form.layout for _, form in found}
+        branches = len(found) == len(tensors) == len(grids) and len(layouts) == 1
+        return [form.view(tensor.detach()) for tensor, form in (found if branches else found[:1])]
+
+    def form_of(self, output: Any, batch: int) -> Form | str:
+        """How the first tensor of an output for ``batch`` images is viewed as maps, or why it cannot be."""
+        self._batch = batch
+        tensor = next(_tensors(output), None)
+        return "its output holds no tensor" if tensor is None else self._cached_form(tensor)
+
+    def _cached_form(self, x: Tensor) -> Form | str:
+        key = tuple(x.shape)
+        if key not in self._forms:
+            self._forms[key] = self._form(x)
+        return self._forms[key]
+
+    def _in_raster_order(self, probe: Probe, output: Any) -> Any:
+        """Hiera's tokens, which it keeps in the order of its mask units, put back by its own `reroll`."""
+        if not isinstance(output, Tensor) or output.ndim != 3:
+            return output
+        block = re.match(r"blocks\.(\d+)", probe.module)
+        if block is None:
+            return output
+        _, size = self._reroll.schedule[int(block[1])]
+        if output.shape[1] != math.prod(size):
+            return f"{output.shape[1]} tokens that are not in the order of the {size[0]}×{size[1]} grid"
+        return self._reroll(output, int(block[1]))
 
     def _form(self, x: Tensor) -> Form | str:
         shape = tuple(x.shape)
@@ -382,6 +435,8 @@ class Recorder:
 
     def _map_form(self, shape: tuple[int, ...]) -> Form | str:
         _, a, b, c = shape
+        if (a, b) in self._blocked:
+            return f"an output of shape {shape} is {a} windows of {b} tokens"
         first, last = self._fits(b, c), self._fits(a, b)
         nhwc_model = str(getattr(self.model, "output_fmt", "NCHW")).endswith("NHWC")
         if last and (nhwc_model or not first):
@@ -400,25 +455,22 @@ class Recorder:
         )
 
     def _token_form(self, shape: tuple[int, ...]) -> Form | str:
-        for layout, length in (("NLC", shape[1]), ("NCL", shape[2])):
-            for height, width in self._grids:
-                prefix = length - height * width
-                allowed = range(self._prefix + 1) if self._prefix is not None else (0, 1)
-                if prefix in allowed:
-                    return Form(layout, height, width, prefix)
-            pyramid = self._pyramid_grid(length)
-            if pyramid:
-                return Form(layout, *pyramid)
-        return f"{shape[1]} tokens fit no grid of the {self._size_text()} input"
+        _, length, channels = shape
+        if length == 1:
+            return "one token per image (a class token or a pooled vector) is not a spatial map"
+        grid = self._token_grid(length, self._grids) or self._token_grid(length, self._pyramid)
+        if grid:
+            return Form("NLC", *grid)
+        # Channels first only on a grid that the model names, where it names one: many widths are squares.
+        grid = self._token_grid(channels, self._grids or self._pyramid)
+        return Form("NCL", *grid) if grid else f"{length} tokens fit no grid of the {self._size_text()} input"
 
-    def _pyramid_grid(self, length: int) -> tuple[int, int] | None:
-        """The grid of ``length`` tokens that is the input downscaled by a whole factor, up to rounding."""
-        height, width = self.input_size
-        for factor in range(1, min(height, width) + 1):
-            for grid in ((height // factor, width // factor), (-(-height // factor), -(-width // factor))):
-                # One token is a class token or a pooled vector, never a map worth a spectrum.
-                if grid[0] * grid[1] == length > 1:
-                    return grid
+    def _token_grid(self, length: int, grids: Sequence[tuple[int, int]]) -> tuple[int, int, int] | None:
+        """The first of ``grids`` that ``length`` tokens fill, and how many prefix tokens that leaves."""
+        for prefix in range(self._prefix + 1):
+            for height, width in grids:
+                if height * width == length - prefix:
+                    return height, width, prefix
         return None
 
     def _size_text(self) -> str:
@@ -440,15 +492,54 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 def _model_grids(model: nn.Module, input_size: tuple[int, int]) -> list[tuple[int, int]]:
     """Token grids that the model says it has at this input size, most trusted first."""
     grids = []
-    embed = getattr(model, "patch_embed", None)
-    if embed is not None:
-        if getattr(model, "dynamic_img_size", False) and hasattr(embed, "dynamic_feat_size"):
+    for module in model.modules():
+        embed = getattr(module, "patch_embed", None)
+        if getattr(module, "dynamic_img_size", False) and hasattr(embed, "dynamic_feat_size"):
             grids.append(tuple(embed.dynamic_feat_size(input_size)))
-        grid = getattr(embed, "grid_size", None)
-        if isinstance(grid, tuple | list) and len(grid) == 2:
-            grids.append(tuple(grid))
-    config = getattr(model, "config", None)
-    patch = getattr(config, "patch_size", None)
+        grids += _embedding_grid(module)
+    patch = getattr(getattr(model, "config", None), "patch_size", None)
     if isinstance(patch, int):  # Hugging Face vision transformers
         grids.append((input_size[0] // patch, input_size[1] // patch))
     return list(dict.fromkeys(grids))
+
+
+def _embedding_grid(module: nn.Module) -> list[tuple[int, int]]:
+    """The grid that a patch embedding has, or that follows from its image and patch sizes."""
+    if "embed" not in type(module).__name__.lower():
+        return []
+    grid, image, patch = (getattr(module, name, None) for name in ("grid_size", "img_size", "patch_size"))
+    if _is_pair(grid):
+        return [tuple(grid)]
+    if _is_pair(image) and _is_pair(patch):
+        return [(image[0] // patch[0], image[1] // patch[1])]
+    return []
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(v, int) for v in value)
+
+
+def _pyramid_grids(input_size: tuple[int, int]) -> list[tuple[int, int]]:
+    """The grids that are the input downscaled by a whole factor, up to rounding; finest first."""
+    height, width = input_size
+    grids = []
+    for factor in range(1, min(height, width) + 1):
+        grids += [(height // factor, width // factor), (-(-height // factor), -(-width // factor))]
+    # One token is a class token or a pooled vector, never a map worth a spectrum.
+    return [grid for grid in dict.fromkeys(grids) if grid[0] * grid[1] > 1]
+
+
+def _prefix_tokens(model: nn.Module) -> int:
+    """The largest number of tokens that may stand before those of the image; one where nothing is said."""
+    registers = getattr(getattr(model, "config", None), "num_register_tokens", None) or 0
+    said = [getattr(module, "num_prefix_tokens", None) for module in model.modules()]
+    return max((count for count in said if isinstance(count, int)), default=1 + registers)
+
+
+def _blocked_grids(model: nn.Module) -> set[tuple[int, int]]:
+    """(windows, tokens in each) of NesT, whose outputs (B, windows, tokens, C) may pass for channels last."""
+    return {
+        tuple(module.pos_embed.shape[1:3])
+        for module in model.modules()
+        if hasattr(module, "block_size") and isinstance(getattr(module, "pos_embed", None), Tensor)
+    }

@@ -191,8 +191,11 @@ def test_patterns_and_their_mistakes():
         ((2, 64, 8, 8), Form("NCHW", 8, 8)),
         ((2, 8, 8, 64), Form("NHWC", 8, 8)),
         ((2, 64, 96), Form("NLC", 8, 8)),
-        ((2, 65, 96), "fit no grid"),
-        ((2, 1, 96), "fit no grid"),
+        ((2, 65, 96), Form("NLC", 8, 8, 1)),  # the grid is derived where the model names none
+        ((2, 66, 96), "fit no grid"),
+        ((2, 5, 256), Form("NLC", 2, 2, 1)),  # 256 channels are a square too
+        ((2, 96, 64), Form("NCL", 8, 8)),
+        ((2, 1, 96), "one token per image"),
         ((8, 64, 96), "windows or patches"),
         ((2, 10), "not a spatial map"),
     ],
