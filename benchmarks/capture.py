@@ -109,7 +109,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--worker", nargs=3, metavar=("WHAT", "CASE", "NUMBER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     rounds = 1 if options.quick else options.rounds

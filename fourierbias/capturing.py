@@ -276,13 +276,15 @@ def _on_device(
         device = own if keep or not torch.cuda.is_available() else "cuda"
     try:
         device = torch.device(device)
-        network.to(device)
+        if device != own:
+            network.to(device)
     except (RuntimeError, AssertionError) as error:
         raise FourierBiasError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from None
     try:
         yield device
     finally:
-        network.to(own)
+        if device != own:
+            network.to(own)
 
 
 @contextlib.contextmanager

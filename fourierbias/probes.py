@@ -387,6 +387,9 @@ class Recorder:
         An output that is nothing but maps of one layout, on different grids, is that of a network of several
         branches (HRNet, CrossViT): then all of them.
         """
+        if isinstance(output, Tensor):  # the common case, in the hot path
+            form = self._cached_form(output)
+            return [form.view(output.detach())] if isinstance(form, Form) else form
         tensors = list(_tensors(output))
         forms = [self._cached_form(tensor) for tensor in tensors]
         found = [
