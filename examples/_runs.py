@@ -1,0 +1,148 @@
+"""What the experiments share: trainings and captures that are made once and kept, and common options."""
+
+import ast
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from timm.data import resolve_data_config
+from timm.models import get_pretrained_cfg
+
+import fourierbias
+from fourierbias import FourierBiasError
+from fourierbias.models.checkpoint import check_arch
+from fourierbias.models.loading import load_model
+from fourierbias.training import Recipe, train
+from fourierbias.training.data import Data, evaluation_batches, load_data
+from fourierbias.training.trainer import TrainingInterruptedError
+
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+}
+
+
+# ----------------------------------------------------------------------------------------------- options
+
+
+def experiment(function: Callable) -> click.Command:
+    """Make a function a program with the options of all experiments; errors and Ctrl-C end in one line."""
+
+    @functools.wraps(function)
+    def program(output: Path, **options):
+        try:
+            (output / "runs").mkdir(parents=True, exist_ok=True)
+            with matplotlib.rc_context(STYLE):
+                function(output=output, **options)
+            if options["quick"]:
+                click.echo(
+                    "So short a training decides nothing; the full form is in the program's first lines."
+                )
+        except FourierBiasError as error:
+            raise click.ClickException(str(error)) from None
+        except TrainingInterruptedError:
+            raise click.ClickException("stopped; the same command goes on from here") from None
+        except OSError as error:
+            raise click.ClickException(f"{error.filename}: {error.strerror}") from None
+
+    name, folder = Path(function.__code__.co_filename).stem, click.Path(path_type=Path, file_okay=False)
+    for option in (
+        click.option("--change", multiple=True, metavar="NAME=VALUE", help="Any setting of the recipe."),
+        click.option("--output", type=folder, default=name, show_default=True, help="Folder for all files."),
+        click.option("--quick", is_flag=True, help="A small version: about two minutes on two cores."),
+        click.option(
+            "--data",
+            default="photos",
+            show_default=True,
+            help="photos, cifar10, cifar100 or an image folder.",
+        ),
+    ):
+        program = option(program)
+    return click.command(help=function.__doc__)(program)
+
+
+def settings(defaults: dict, change: tuple[str, ...], **given) -> dict:
+    """Settings of a recipe: ``defaults``, changed by texts like ``lr=0.002`` and by whatever is not None."""
+    changed = {}
+    for text in change:
+        name, _, value = text.partition("=")
+        if not value or name not in Recipe().as_dict():
+            raise FourierBiasError(f"{text!r} is no NAME=VALUE with the name of a recipe's setting")
+        try:
+            changed[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            changed[name] = value
+    return {**defaults, **changed, **{name: value for name, value in given.items() if value is not None}}
+
+
+# ---------------------------------------------------------------------------------------- kept on the disk
+
+
+@functools.lru_cache(maxsize=2)
+def load_once(source: str, fraction: float, holdout: int, image_size: int | None, limit: int) -> Data:
+    """`load_data` for the reference networks, which all want the same images."""
+    check_arch("cnn")
+    wanted = resolve_data_config(pretrained_cfg=get_pretrained_cfg("cnn").to_dict())
+    if image_size:
+        wanted["input_size"] = (3, image_size, image_size)
+    return load_data(source, wanted, fraction=fraction, holdout=holdout, memory_limit=limit, progress=True)
+
+
+def data_of(source: str, recipe: Recipe, listed: bool = False) -> Data:
+    """The images of a training, loaded once for many; if only ``listed``, files are not decoded."""
+    return load_once(source, recipe.fraction, recipe.holdout, recipe.image_size, 0 if listed else 2 << 30)
+
+
+def trained(folder: Path, name: str, arch: str, source: str, recipe: Recipe, learner=None) -> Path:
+    """The checkpoint of a training: found done, gone on with, or done from the start.
+
+    Its name holds a digest of all settings, so trainings with other settings can lie in the same folder.
+    """
+    path = folder / f"{name}-{digest(arch, Path(source).resolve().name, recipe)}.ckpt"
+    if not path.exists() or path.with_suffix(".state").exists():
+        click.echo(f"Training {path}")
+        train(arch, data_of(source, recipe), path, recipe, learner=learner, resume=True)
+        path.with_suffix(".best.ckpt").unlink()  # what counts is the last epoch
+    return path
+
+
+def captured(
+    folder: Path, checkpoint: Path, source: str, recipe: Recipe, images: int, **options
+) -> fourierbias.Capture:
+    """The capture of a checkpoint on images it was not trained on, evenly from all classes; made once."""
+    loaded = load_model(checkpoint)
+    what = digest(loaded.weights_sha256, Path(source).resolve().name, recipe.holdout, images, options)
+    file = folder / f"{checkpoint.stem}-{what}.h5"
+    if file.exists():
+        return fourierbias.load(file)
+    held = data_of(source, recipe).evaluation
+    chosen = held.take(torch.linspace(0, len(held) - 1, min(images, len(held))).long())
+    tensors = torch.cat([batch for batch, _ in evaluation_batches(chosen)])
+    return fourierbias.capture(loaded, tensors, output=file, overwrite=True, **options)
+
+
+def mean_and_spread(values: np.ndarray, alone: np.ndarray | float = np.nan) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation over seeds, the last axis; for a single seed ``alone`` is the spread."""
+    mean = values.mean(axis=-1)
+    return mean, values.std(axis=-1, ddof=1) if values.shape[-1] > 1 else np.broadcast_to(alone, mean.shape)
+
+
+def digest(*parts) -> str:
+    """A short name for anything that prints the same when it is the same."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure and say so."""
+    figure.savefig(path, dpi=200)
+    click.echo(f"Wrote {path} and the numbers in it, {path.with_suffix('.csv')}.")

@@ -1,0 +1,161 @@
+"""Does the time that layers stay convolutions set where a network lies between a CNN and a ViT?
+
+PRS (Lee et al., arXiv 2210.01370, abstract) has it that switching convolutions to self-attention in training
+interpolates the bias: the Fourier pattern moves from the ViT's to the CNN's with the number of epochs before
+the switch. Here `prs` switches all its layers at once, after 0, 1/4, 1/2, 3/4 and all of training; the last
+never switches and so is the CNN, to the bit. For every layer the program prints the rank correlation between
+the time of the switch and Δ log amplitude at π, and whether the sign is that of CNN minus ViT at that depth.
+Which network, data and epochs the paper has there is not known to us: ours are our own.
+
+    python examples/interpolate_bias.py --quick
+    python examples/interpolate_bias.py --data cifar10 --fraction 0.1 --epochs 60 --seeds 3
+
+The second, full form is 18 trainings of 300,000 images each. Everything is kept in the output folder: a
+program that was stopped goes on, and one that is done only draws again. How far attention leaves the
+convolution depends on the gates too, which `--change gate_lr=10` makes learn ten times as fast.
+"""
+
+from collections import defaultdict
+
+import click
+import numpy as np
+from _runs import captured, experiment, mean_and_spread, save, settings, trained
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from scipy.stats import spearmanr
+
+from fourierbias.models.checkpoint import read_checkpoint
+from fourierbias.training import Recipe
+from fourierbias.training.output import write_csv
+
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the training, before the switch
+FULL = {"epochs": 20}
+# In so few steps gates would hardly open at the common learning rate.
+QUICK = {"epochs": 4, "fraction": 0.2, "batch_size": 32, "evaluate_every": 4, "gate_lr": 10.0}
+
+
+@experiment
+@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Trainings of each kind.")
+@click.option("--epochs", type=click.IntRange(1), help="[default: 20; quick: 4]")
+@click.option("--fraction", type=float, help="Share of the training images.  [default: 1; quick: 0.2]")
+def main(data, output, quick, seeds, change, epochs, fraction):
+    """Spectra of a network that switches earlier or later, between those of a CNN and a ViT."""
+    options = settings(QUICK if quick else FULL, change, epochs=epochs, fraction=fraction)
+    rows = []
+    for seed in range(seeds):
+        for share in (*SHARES, None):
+            schedule = None if share is None else f"uniform:{100 * share:g}%"
+            recipe = Recipe(**{**options, "seed": seed, "schedule": schedule})
+            name = "vit" if share is None else f"prs-{100 * share:.0f}%"
+            path = trained(output / "runs", f"{name}-seed{seed}", name.split("-")[0], data, recipe)
+            capture = captured(output / "runs", path, data, recipe, images=64 if quick else 512)
+            about = {"model": name, "switch": share, "seed": seed}
+            about["accuracy"] = read_checkpoint(path).metrics["test_accuracy"]
+            rows += [about | row for row in response_rows(capture)]
+    write_csv(output / "interpolate_bias.csv", rows)
+    found = correlations(rows)
+    write_csv(output / "interpolate_bias-correlations.csv", found)
+    report(rows, found)
+    save(draw(rows, found), output / "interpolate_bias.png")
+
+
+def response_rows(capture):
+    """Δ log amplitude at π of every layer, with its place and its standard error over images."""
+    for layer, spectrum in capture.items():
+        place = {key: capture.layers[layer].attrs[key] for key in ("index", "depth", "kind")}
+        response = {"response": spectrum.at(1.0), "standard_error": spectrum.standard_error_at(1.0)}
+        yield {"layer": layer, **place, **response, "images": spectrum.count}
+
+
+def table(rows, model):
+    """Depths (L,) of a model's layers, and its responses and their standard errors (L, seeds)."""
+    layers = defaultdict(list)
+    for row in rows:
+        if row["model"] == model:
+            layers[row["depth"]].append((row["response"], row["standard_error"]))
+    return np.array(list(layers)), *np.moveaxis(np.array(list(layers.values())), 2, 0)
+
+
+def correlations(rows):
+    """For every layer: rank correlation of switch and response, and whether it leads from ViT to CNN."""
+    depths, *_ = table(rows, "prs-100%")
+    means = np.array([table(rows, f"prs-{100 * share:.0f}%")[1].mean(axis=1) for share in SHARES])
+    places, vits, _ = table(rows, "vit")
+    vit, cnn = np.interp(depths, places, vits.mean(axis=1)), means[-1]
+    found = []
+    for i, depth in enumerate(depths):
+        layer = [row for row in rows if row["switch"] is not None and row["depth"] == depth]
+        rho = spearmanr([row["switch"] for row in layer], [row["response"] for row in layer]).statistic
+        towards = np.sign(cnn[i] - vit[i])
+        steps = np.diff(means[:, i]) * towards
+        verdict = {"towards_cnn": bool(rho * towards > 0), "every_step": bool((steps > 0).all())}
+        numbers = {"vit": vit[i], "attention": means[0, i], "cnn": cnn[i], "rank_correlation": float(rho)}
+        place = {key: layer[0][key] for key in ("layer", "depth", "kind")}
+        found.append({**place, **numbers, "runs": len(layer), **verdict})
+    return found
+
+
+def report(rows, found):
+    """Print the accuracies, and of every depth what the correlation says."""
+    for model in dict.fromkeys(row["model"] for row in rows):
+        values = {row["seed"]: row["accuracy"] for row in rows if row["model"] == model}.values()
+        print(f"{model:<9} accuracy {100 * np.mean(list(values)):5.1f} %")
+    print("Δ log amplitude at π, and its rank correlation with the epochs before the switch")
+    print(f"{'layer':<10} depth    ViT  attention from the start    CNN  correlation")
+    for row in found:
+        said = "towards the CNN" if row["towards_cnn"] else "not towards the CNN"
+        said += ", at every step" if row["every_step"] else ""
+        print(
+            f"{row['layer']:<10} {row['depth']:5.2f} {row['vit']:6.2f} {row['attention']:25.2f} "
+            f"{row['cnn']:6.2f} {row['rank_correlation']:12.2f}  {said}"
+        )
+    towards, every = (sum(row[key] for row in found) for key in ("towards_cnn", "every_step"))
+    print(f"Towards the CNN at {towards} of {len(found)} depths, at every step at {every}.")
+
+
+def draw(rows, found):
+    """Responses by depth for every time of the switch, their differences, and the rank correlations."""
+    figure = Figure(figsize=(7, 8))
+    axes = figure.subplots(3, 1, sharex=True, height_ratios=[2, 1.4, 1])
+    cnn = table(rows, "prs-100%")[1]
+    for share in SHARES:
+        depths, values, errors = table(rows, f"prs-{100 * share:.0f}%")
+        label = {0.0: "at the start", 1.0: "never: the CNN"}.get(share, f"after {share:.0%} of training")
+        style = {"color": colormaps["viridis"](0.9 * share), "label": label}
+        draw_band(axes[0], depths, values, errors, **style)
+        draw_band(axes[1], depths, values - cnn, np.zeros_like(errors), **style)
+    draw_band(axes[0], *table(rows, "vit"), color="black", linestyle="--", label="ViT")
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, title="prs switches"
+    )
+    for towards, color in ((True, "#0072B2"), (False, "#D55E00")):
+        chosen = [row for row in found if row["towards_cnn"] == towards]
+        bars = [row["rank_correlation"] for row in chosen]
+        label = f"{'' if towards else 'not '}from the ViT's value towards the CNN's"
+        axes[2].bar([row["depth"] for row in chosen], bars, 0.05, color=color, label=label)
+    axes[2].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    axes[0].set_ylabel("Δ log amplitude at π (ln)")
+    axes[1].set_ylabel("the same, minus the CNN's")
+    axes[2].set(ylim=(-1.05, 1.05), ylabel="rank correlation\nwith the switch")
+    axes[2].set_xlabel("normalised depth (0: first layer, 1: last); grey: layers that switch")
+    seeds = cnn.shape[1]
+    one = f"bands: standard error over {rows[0]['images']} images (of the values, not of the differences)"
+    several = f"bands: standard deviation over {seeds} seeds"
+    figure.supxlabel(several if seeds > 1 else one, fontsize=8)
+    switching = [row["depth"] for row in rows if row["switch"] == 0 and row["kind"] == "attention"]
+    for ax in axes:
+        ax.axvspan(min(switching) - 0.055, 1.055, color="0.93", zorder=0)
+    for ax in axes[1:]:
+        ax.axhline(0, color="0.5", linewidth=0.8, zorder=1)
+    return figure
+
+
+def draw_band(ax, depths, values, errors, **style):
+    """A line of means over seeds in a band of their standard deviation, or of the one seed's error."""
+    mean, spread = mean_and_spread(values, alone=errors[:, 0])
+    ax.plot(depths, mean, marker="o", markersize=4, **style)
+    ax.fill_between(depths, mean - spread, mean + spread, color=style["color"], alpha=0.15, linewidth=0)
+
+
+if __name__ == "__main__":
+    main()
