@@ -1,0 +1,151 @@
+"""At how much data does a network with less of a convolution's bias pass a CNN?
+
+PRS (Lee et al., arXiv 2210.01370, abstract) has it that the best amount of bias grows as data shrink: the
+more a ViT-like network is like a convolution, the smaller the data at which it passes a ResNet, and on small
+data layers should switch to attention linearly earlier the later they are. Here the CNN, the ViT and `prs`
+with four schedules train on class-balanced shares of one data set, for as many epochs as make all see the
+same number of images. The program draws accuracy against the share and prints where each passes the CNN,
+linearly interpolated in the logarithm of the share. Networks, shares and epochs are ours; `early-first` and
+`uniform` are controls that the abstract does not have.
+
+    python examples/data_scale.py --quick
+    python examples/data_scale.py --data cifar10 --images-seen 300000 --seeds 3
+    python examples/data_scale.py --data cifar10 --images-seen 300000 --share 0.01 --share 0.1 --share 1
+
+The second, full form is 90 trainings. Everything is kept in the output folder: a program that was stopped
+goes on, one that is done only draws again, and more shares or seeds are added to what is there.
+"""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import click
+import numpy as np
+from _runs import data_of, experiment, mean_and_spread, save, settings, trained
+from matplotlib.figure import Figure
+
+from fourierbias.models.checkpoint import read_checkpoint
+from fourierbias.training import Recipe
+from fourierbias.training.data import plan_epoch
+from fourierbias.training.output import write_csv
+
+# From the most to the least like a convolution: architecture, schedule, and how it is drawn.
+MODELS = {
+    "cnn": ("cnn", None, "ko-"),
+    "prs-early-first": ("prs", "early-first", "C2v--"),
+    "prs-late-first": ("prs", "late-first", "C0^-"),
+    "prs-uniform-half": ("prs", "uniform:50%", "C4D--"),
+    "prs-attention": ("prs", "attention", "C1s-"),
+    "vit": ("vit", None, "C3P-"),
+}
+SHARES = (0.01, 0.05, 0.1, 0.3, 1.0)
+
+
+@experiment
+@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Trainings of each kind.")
+@click.option("--images-seen", type=click.IntRange(1), help="[default: 100000; quick: 960]")
+@click.option("--share", "shares", type=float, multiple=True, help="Repeatable.  [default: 0.01, 0.05, …, 1]")
+def main(data, output, quick, seeds, change, images_seen, shares):
+    """Accuracy of networks between a CNN and a ViT against the share of the training images."""
+    # So few steps need small batches, and gates that open faster than at the common learning rate.
+    options = settings({"batch_size": 16, "gate_lr": 10.0} if quick else {}, change)
+    images_seen = images_seen or (960 if quick else 100_000)
+    rows = []
+    for share in sorted(shares or ((0.01, 0.03, 0.1) if quick else SHARES)):
+        recipe = Recipe(**{**options, "fraction": share})
+        count = len(data_of(data, recipe, listed=True).train)
+        seen_in_epoch = sum(map(len, plan_epoch(count, recipe.batch_size, seed=0, epoch=0)))
+        epochs = max(1, round(images_seen / seen_in_epoch))
+        about = {
+            "share": share,
+            "train_images": count,
+            "epochs": epochs,
+            "images_seen": epochs * seen_in_epoch,
+        }
+        # Two epochs of warm-up in thirty, as everywhere; two of any number would not be the same everywhere.
+        same = {"epochs": epochs, "warmup_epochs": epochs / 15, "evaluate_every": epochs}
+        for model, (arch, schedule, _) in MODELS.items():
+            for seed in range(seeds):
+                changed = {**same, "schedule": schedule, "seed": seed}
+                path = trained(
+                    output / "runs", f"{model}-{share:g}-seed{seed}", arch, data, replace(recipe, **changed)
+                )
+                accuracy = read_checkpoint(path).metrics["test_accuracy"]
+                rows.append({"model": model, **about, "seed": seed, "accuracy": accuracy})
+    write_csv(output / "data_scale.csv", rows)
+    found = [row for model in MODELS if model != "cnn" for row in crossings(rows, model)]
+    write_csv(
+        output / "data_scale-crossings.csv", found or [dict.fromkeys(("model", "share", "from_there_on"))]
+    )
+    report(rows, found)
+    save(draw(rows, found), output / "data_scale.png")
+
+
+def accuracies(rows, model):
+    """Shares (S,), and a model's accuracies at each, (S, seeds)."""
+    shares = sorted({row["share"] for row in rows})
+    return np.array(shares), np.array(
+        [[r["accuracy"] for r in rows if (r["model"], r["share"]) == (model, share)] for share in shares]
+    )
+
+
+def crossings(rows, model):
+    """Shares at which a model passes the CNN or falls below it, by lines over the logarithm of the share."""
+    shares, values = accuracies(rows, model)
+    gains, logs = (values - accuracies(rows, "cnn")[1]).mean(axis=1), np.log(shares)
+    for (before, after), (left, right) in zip(pairwise(gains), pairwise(logs), strict=True):
+        if (before < 0) != (after < 0):
+            share = np.exp(left + (right - left) * before / (before - after))
+            yield {"model": model, "share": float(share), "from_there_on": "below" if after < 0 else "above"}
+
+
+def report(rows, found):
+    """Print the table of accuracies, and where each model crosses the CNN."""
+    shares, cnn = accuracies(rows, "cnn")
+    print(f"{'accuracy (%) at':<17}" + "".join(f"{share:>13.3g}" for share in shares))
+    for model in MODELS:
+        cells = zip(*mean_and_spread(100 * accuracies(rows, model)[1]), strict=True)
+        print(
+            f"{model:<17}"
+            + "".join(f"{mean:6.1f} ± {std:4.1f}" for mean, std in cells).replace("±  nan", " " * 6)
+        )
+    for model in list(MODELS)[1:]:
+        own = [
+            f"{row['from_there_on']} it from a share of {row['share']:.2g} on"
+            for row in found
+            if row["model"] == model
+        ]
+        below = (accuracies(rows, model)[1] - cnn).mean(axis=1) < 0
+        never = "below it at every share" if below.all() else "not below it at any share"
+        print(f"{model} against the CNN: {', '.join(own) or never}")
+
+
+def draw(rows, found):
+    """Accuracy against the share, and its difference to the CNN's with the crossings ringed."""
+    figure = Figure(figsize=(9, 4.2))
+    left, right = figure.subplots(1, 2)
+    shares, cnn = accuracies(rows, "cnn")
+    for model, (*_, style) in MODELS.items():
+        values = accuracies(rows, model)[1]
+        for ax, shown in ((left, values), (right, values - cnn)):
+            mean, std = mean_and_spread(100 * shown)
+            ax.errorbar(shares, mean, std, fmt=style, markersize=4, capsize=2, label=model)
+    rings = right.plot(
+        [row["share"] for row in found], np.zeros(len(found)), "ko", fillstyle="none", markersize=9
+    )
+    rings[0].set_label("crosses the CNN")
+    left.set_ylabel("test accuracy (%)")
+    right.set_ylabel("test accuracy minus the CNN's (points)")
+    for ax in (left, right):
+        ax.set(xscale="log", xlabel="share of the training images")
+        ax.set_xticks(shares, [f"{100 * share:g} %" for share in shares])
+        ax.minorticks_off()
+    figure.legend(*right.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    seen, seeds = sorted(row["images_seen"] for row in rows), cnn.shape[1]
+    bars = f"bars: standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    figure.supxlabel(f"images seen by each training: {seen[0]} to {seen[-1]}; {bars}", fontsize=8)
+    return figure
+
+
+if __name__ == "__main__":
+    main()
