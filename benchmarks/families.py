@@ -290,8 +290,8 @@ it takes and that leaves its coarsest map a grid of 3×3 or more. **{captured} o
   {blocks} blocks the changes have a clear place, and it is the wrong one in {elsewhere}; in the others random
   weights or a wide receptive field spread them over the whole map.
 
-Models that take packed patches of images of many sizes (NaFlex: naflexvit, gemma4_vit, qwen3_vit) are captured on
-ordinary images of one size; a dictionary of patches is not an input of `capture`.
+Models that take packed patches of images of many sizes (NaFlex: naflexvit, gemma4_vit, qwen3_vit) are
+captured on ordinary images of one size; a dictionary of patches is not an input of `capture`.
 
 | family | variant | input | blocks | stages | timm's maps found | largest difference | note |
 |---|---|---|---|---|---|---|---|
