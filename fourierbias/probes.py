@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -125,7 +126,11 @@ def _is_attention(module: nn.Module) -> bool:
     """Spatial self-attention, by its class's name; gates over channels bear the name too, and are not it."""
     if getattr(module, "is_attention", False):  # a convolution that has become attention
         return True
-    name = type(module).__name__
+    return _names_attention(type(module).__name__)
+
+
+@lru_cache(maxsize=1024)
+def _names_attention(name: str) -> bool:
     if re.search(r"channel|spatialattn|squeeze|eca|cbam|splitattn|pool|radix|ge?c|drop", name, re.I):
         return False
     return bool(re.search(r"atten|attn|gpsa|mhsa|mhca", name, re.I))
@@ -172,8 +177,10 @@ def _sublayer_probes(model: nn.Module) -> list[Probe]:
         mixer_kind = getattr(module, "mixer_kind", None) or kind_of(children[mixer])
         probes.append(Probe(f"{path}:{mixer}", f"{path}.{after}", mixer_kind, side="input"))
         probes.append(Probe(f"{path}:{mlp}", path, "mlp"))
-    whole = [p for p in _block_probes(model) if not any(_related(p.module, path) for path in split)]
-    return whole + probes
+    if not split:
+        return _block_probes(model)
+    whole = [(path, m) for path, m in _blocks(model) if not any(_related(path, other) for other in split)]
+    return [Probe(path, path, kind_of(module)) for path, module in whole] + probes
 
 
 def _after_mixer(children: Sequence[str], mixer: str, mlp: str) -> str | None:
