@@ -1,0 +1,274 @@
+"""The programs in examples/: their arithmetic on numbers made by hand, and whole runs of the quick forms."""
+
+import csv
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fourierbias
+from fourierbias import FourierBiasError
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """Import an example, as running it would find its neighbours."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+        found = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(found)
+        return found
+
+    return load
+
+
+# ------------------------------------------------------------------------------------------- arithmetic
+
+
+def accuracies(curves, shares, seeds=1):
+    return [
+        {"model": model, "share": share, "seed": seed, "accuracy": value + 0.01 * seed}
+        for model, values in curves.items()
+        for share, value in zip(shares, values, strict=True)
+        for seed in range(seeds)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("gains", "expected"),
+    [
+        ([-0.1, 0.1, 0.2], [(10**-1.5, "above")]),  # half-way in the logarithm
+        ([0.3, 0.1, -0.1], [(10**-0.5, "below")]),
+        ([-0.1, 0.3, -0.1], [(10**-1.75, "above"), (10**-0.25, "below")]),
+        ([-0.3, -0.2, -0.1], []),
+        ([0.0, 0.0, 0.0], []),
+        ([-0.1, 0.0, 0.1], [(0.1, "above")]),
+    ],
+)
+def test_crossings_are_interpolated_in_the_logarithm_of_the_share(module, gains, expected):
+    curves = {"cnn": [0.5, 0.6, 0.7], "vit": [0.5 + gains[0], 0.6 + gains[1], 0.7 + gains[2]]}
+    rows = accuracies(curves, [0.01, 0.1, 1.0], seeds=2)
+    found = list(module("data_scale").crossings(rows, "vit"))
+    assert [row["from_there_on"] for row in found] == [direction for _, direction in expected]
+    assert [row["share"] for row in found] == pytest.approx([share for share, _ in expected])
+
+
+def responses(example, change, seeds=2):
+    """Rows of a network of two layers, at the first of which nothing but ``change`` of the switch happens."""
+    rows = []
+    for seed in range(seeds):
+        for share in example.SHARES:
+            about = {"model": f"prs-{100 * share:.0f}%", "switch": share, "seed": seed, "images": 4}
+            for depth, value in ((0.0, change(share)), (1.0, -share)):
+                layer = {"layer": f"l{depth:.0f}", "depth": depth, "kind": "attention"}
+                rows.append({**about, **layer, "response": value + 0.01 * seed, "standard_error": 0.1})
+        about = {"model": "vit", "switch": None, "seed": seed, "images": 4}
+        for depth, value in ((0.0, -1.0), (0.5, 0.0), (1.0, 1.0)):
+            layer = {"layer": f"v{depth}", "depth": depth, "kind": "attention"}
+            rows.append({**about, **layer, "response": value, "standard_error": 0.1})
+    return rows
+
+
+def test_rank_correlations_and_their_direction(module):
+    example = module("interpolate_bias")
+    first, last = example.correlations(responses(example, lambda share: share**3))
+    # Upwards to a CNN above the ViT, and downwards to one below it: both lead towards the CNN.
+    assert first["rank_correlation"] > 0.9
+    assert last["rank_correlation"] < -0.9
+    assert all(row["towards_cnn"] and row["every_step"] for row in (first, last))
+    assert (last["vit"], last["runs"]) == (1.0, 10)
+    assert (last["attention"], last["cnn"]) == pytest.approx((0.005, -0.995))  # means over two seeds
+    first, _ = example.correlations(responses(example, lambda share: abs(share - 0.5)))
+    assert abs(first["rank_correlation"]) < 0.2
+    assert not first["every_step"]
+    first, _ = example.correlations(responses(example, lambda share: 1 - share))
+    assert first["rank_correlation"] < -0.9
+    assert not first["towards_cnn"]
+
+
+def test_one_seed_has_the_spread_over_images_and_more_have_that_over_seeds(module):
+    spread = module("_runs").mean_and_spread
+    mean, std = spread(np.array([[1.0, 3.0], [2.0, 2.0]]))
+    assert mean.tolist() == [2.0, 2.0]
+    assert std == pytest.approx([2**0.5, 0.0])
+    mean, std = spread(np.array([[1.0], [2.0]]), alone=np.array([0.1, 0.2]))
+    assert (mean.tolist(), std.tolist()) == ([1.0, 2.0], [0.1, 0.2])
+    assert np.isnan(spread(np.array([[1.0]]))[1]).all()
+
+
+def test_a_claim_agrees_where_all_of_its_evidence_does(module, capsys):
+    claim = module("inductive_bias_zoo").claim
+    for shares, verdict in (((1, 1), "agrees"), ((1, 0.6), "agrees in part"), ((1, 0.5), "does not agree")):
+        claim("text", *(("said", share) for share in shares))
+        assert capsys.readouterr().out.splitlines()[-1] == f"    -> {verdict}"
+
+
+def test_settings_of_a_recipe_are_changed_by_texts(module):
+    settings = module("_runs").settings
+    changed = settings(
+        {"epochs": 4, "lr": 0.1}, ("lr=0.002", "opt=sgd", "flip=False"), epochs=None, fraction=0.5
+    )
+    assert changed == {"epochs": 4, "lr": 0.002, "opt": "sgd", "flip": False, "fraction": 0.5}
+    for text in ("lr", "lr=", "rate=1"):
+        with pytest.raises(FourierBiasError, match=text):
+            settings({}, (text,))
+
+
+# ------------------------------------------------------------------------------------------ whole programs
+
+
+def command(name, *words):
+    return [sys.executable, EXAMPLES / f"{name}.py", *words]
+
+
+def started(folder, name, *words):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command(name, *words), cwd=folder, env=environment, **pipes)
+
+
+def finished(process):
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    return out
+
+
+def table(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def check_rerun(folder, name, first):
+    """The same command again trains and captures nothing, takes a fraction of the time, says the same."""
+    kept = {path: path.stat().st_mtime_ns for path in (folder / name / "runs").iterdir()}
+    numbers = (folder / name / f"{name}.csv").read_text()
+    started_at = time.monotonic()
+    out = finished(started(folder, name, "--quick"))
+    assert time.monotonic() - started_at < 60
+    assert out == "".join(line for line in first.splitlines(True) if not line.startswith("Training "))
+    assert {path: path.stat().st_mtime_ns for path in (folder / name / "runs").iterdir()} == kept
+    assert (folder / name / f"{name}.csv").read_text() == numbers
+    assert not list(folder.rglob("*.state")) + list(folder.rglob("*.partial"))
+
+
+@pytest.mark.slow
+def test_interpolate_bias_stopped_and_gone_on_with(tmp_path):
+    process = started(tmp_path, "interpolate_bias", "--quick")
+    for line in process.stderr:
+        if line.startswith("epoch 1/"):
+            process.send_signal(signal.SIGINT)
+            break
+    _, err = process.communicate()
+    assert process.returncode == 1
+    assert err.splitlines()[-1] == "Error: stopped; the same command goes on from here"
+    out = finished(started(tmp_path, "interpolate_bias", "--quick"))
+    folder = tmp_path / "interpolate_bias"
+    assert (folder / "interpolate_bias.png").stat().st_size > 20_000
+    rows = table(folder / "interpolate_bias.csv")
+    layers = {"vit": 6, **{f"prs-{share}%": 10 for share in (0, 25, 50, 75, 100)}}
+    assert {name: sum(row["model"] == name for row in rows) for name in layers} == layers
+    assert all(float(row["standard_error"]) > 0 and row["images"] == "64" for row in rows)
+    kinds = {row["model"]: row["kind"] for row in rows if row["layer"] == "layer4.1"}
+    assert kinds == {name: "conv" if name == "prs-100%" else "attention" for name in layers if name != "vit"}
+    correlations = table(folder / "interpolate_bias-correlations.csv")
+    assert len(correlations) == 10
+    for row in correlations:
+        assert -1 <= float(row["rank_correlation"]) <= 1
+        line = next(line for line in out.splitlines() if line.startswith(row["layer"]))
+        assert f"{float(row['rank_correlation']):.2f}" in line
+    check_rerun(tmp_path, "interpolate_bias", out)
+
+
+@pytest.mark.slow
+def test_data_scale(tmp_path):
+    out = finished(started(tmp_path, "data_scale", "--quick"))
+    folder = tmp_path / "data_scale"
+    assert (folder / "data_scale.png").stat().st_size > 20_000
+    rows = table(folder / "data_scale.csv")
+    assert len(rows) == len({(row["model"], row["share"], row["seed"]) for row in rows}) == 6 * 3
+    assert {(row["share"], row["train_images"]) for row in rows} == {
+        ("0.01", "48"),
+        ("0.03", "144"),
+        ("0.1", "480"),
+    }
+    assert all(abs(int(row["images_seen"]) - 960) <= 48 for row in rows)  # half the largest epoch's images
+    assert all(0 < float(row["accuracy"]) < 1 for row in rows)
+    for row in table(folder / "data_scale-crossings.csv"):
+        assert 0.01 <= float(row["share"]) <= 0.1
+        assert f"{row['from_there_on']} it from a share of {float(row['share']):.2g} on" in out
+    check_rerun(tmp_path, "data_scale", out)
+
+
+@pytest.mark.slow
+def test_inductive_bias_zoo(tmp_path):
+    out = finished(started(tmp_path, "inductive_bias_zoo", "--quick"))
+    folder = tmp_path / "inductive_bias_zoo"
+    assert (folder / "inductive_bias_zoo.png").stat().st_size > 20_000
+    rows = table(folder / "inductive_bias_zoo.csv")
+    depths = dict.fromkeys(("eit", "lsra", "vit", "vit-bootstrapped"), 6) | {"cnn": 10, "prs": 10}
+    heads = {**depths, "cnn": 0, "prs": 6}  # only the last six blocks of prs have switched
+    expected = {
+        "accuracy": dict.fromkeys(depths, 4),
+        "relative_log_amplitude": depths,
+        "high_frequency_share": depths,
+        "head_diversity": heads,
+    }
+    counts = {
+        quantity: {
+            name: sum((r["model"], r["quantity"]) == (name, quantity) for r in rows) for name in depths
+        }
+        for quantity in expected
+    }
+    assert counts == expected
+    assert out.count("-> ") == 4
+    check_rerun(tmp_path, "inductive_bias_zoo", out)
+    # Networks that were trained elsewhere give the same numbers.
+    (tmp_path / "trained").mkdir()
+    for name in depths:
+        (path,) = (folder / "runs").glob(f"{name}-????????.ckpt")
+        for suffix in (".ckpt", ".csv"):
+            os.link(path.with_suffix(suffix), tmp_path / "trained" / f"{name}{suffix}")
+    finished(
+        started(tmp_path, "inductive_bias_zoo", "--quick", "--checkpoints", "trained", "--output", "again")
+    )
+    assert table(tmp_path / "again" / "inductive_bias_zoo.csv") == rows
+
+
+@pytest.mark.slow
+def test_quickstart(tmp_path):
+    out = finished(started(tmp_path, "quickstart"))
+    folder = tmp_path / "quickstart"
+    for name in ("cnn", "vit"):
+        capture = fourierbias.load(folder / f"{name}.h5")
+        for layer, spectrum in capture.items():
+            assert f"{name} {layer:<12} Δ log amplitude at π: {spectrum.at(1.0):6.2f} ±" in out
+    assert (folder / "compare.png").stat().st_size > 20_000
+    assert {row["model"] for row in table(folder / "compare.csv")} == {"cnn", "vit"}
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("interpolate_bias", ["--data", "nowhere"], "no data at nowhere"),
+        ("data_scale", ["--share", "2"], "fraction must be in (0, 1]"),
+        ("inductive_bias_zoo", ["--checkpoints", ".", "--quick"], "no log prs.csv"),
+        ("inductive_bias_zoo", ["--change", "speed=1"], "'speed=1' is no NAME=VALUE"),
+    ],
+)
+def test_bad_input_gets_one_line(module, monkeypatch, tmp_path, capsys, name, words, message):
+    monkeypatch.chdir(tmp_path)
+    program = module(name).main
+    with pytest.raises(SystemExit) as stopped:
+        program.main([*words], prog_name=name)
+    assert stopped.value.code != 0
+    assert message in capsys.readouterr().err.splitlines()[-1]
