@@ -186,17 +186,20 @@ def _sublayer_probes(model: nn.Module) -> list[Probe]:
 def _after_mixer(children: Sequence[str], mixer: str, mlp: str) -> str | None:
     """Child whose input is the state after the mixer's residual, from the order the block declares.
 
-    Pre-norm: the norm between mixer and MLP.  Post-norm (no norm before the mixer): the MLP itself.
-    None where the two run side by side.
+    Pre-norm: the norm between mixer and MLP, or the second of two.  Post-norm, or no norms: the MLP itself.
+    None, so that the block is taken whole, where the two run side by side, where one norm stands between
+    them alone (mixer, norm and MLP share one residual), and where the order says nothing.
     """
     order = list(children)
     if order.index(mixer) > order.index(mlp):
         return None
-    before, between = order[: order.index(mixer)], order[order.index(mixer) + 1 : order.index(mlp)]
-    norms = [name for name in between if "norm" in name]
-    if any("norm" in name for name in before):
-        return norms[-1] if norms else None
-    return mlp
+    norms = [name for name in order if "norm" in name]
+    before = [name for name in norms if order.index(name) < order.index(mixer)]
+    after = [name for name in norms if order.index(name) > order.index(mlp)]
+    between = [name for name in norms if name not in (*before, *after)]
+    if before or len(between) > 1:
+        return between[-1] if between else None
+    return mlp if bool(between) == bool(after) else None
 
 
 def _related(a: str, b: str) -> bool:

@@ -1,6 +1,7 @@
 import pytest
 import timm
 import torch
+from timm.models.nest import Nest
 from torch import nn
 
 from fourierbias import FourierBiasError
@@ -65,31 +66,133 @@ def test_sublayers_of_a_post_norm_block_are_found():
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("test_vit", {"img_size": 64}),
-        ("test_resnet", {}),
-        ("test_efficientnet", {}),
-        ("deit_tiny_distilled_patch16_224", {"img_size": 64}),
-        ("convit_tiny", {"img_size": 64}),
-        ("swin_tiny_patch4_window7_224", {"img_size": 64, "window_size": 2}),
-        ("convnext_atto", {}),
-        ("vit_small_patch16_dinov3", {"img_size": 64}),
-        ("mixer_s32_224", {"img_size": 64}),
-    ],
-)
-def test_maps_equal_forward_intermediates(name, options):
-    """timm's own extraction, value by value: prefix tokens, layouts and grids are read right."""
-    model = timm.create_model(name, **options).eval()
-    stages = choose_probes(model, "stages")
-    x, values, recorder = record(model, "stages")
-    assert not recorder.skipped
+def test_hieras_tokens_come_back_from_the_order_of_its_mask_units():
+    model = timm.create_model("hiera_tiny_224", img_size=96, embed_dim=16, stages=(1, 1, 2, 1)).eval()
+    x, values, recorder = record(model, "blocks", size=96)
     with torch.no_grad():
         expected = model.forward_intermediates(x, intermediates_only=True)
-    assert len(stages) == len(expected)
+    assert not recorder.skipped
+    for name, reference in zip(("blocks.0", "blocks.1", "blocks.3", "blocks.4"), expected, strict=True):
+        torch.testing.assert_close(values[name], reference, rtol=1e-5, atol=1e-5)
+    _, values, recorder = record(model, ["blocks.1.norm1", "blocks.1.norm2"], size=96)
+    assert list(values) == ["blocks.1.norm2"]
+    assert "not in the order" in recorder.skipped["blocks.1.norm1"]
+
+
+def test_windows_that_look_like_a_grid_are_no_map():
+    model = Nest(img_size=64, embed_dims=(24, 24, 24), num_heads=(1, 2, 2), depths=(1, 1, 1)).eval()
+    _, _, recorder = record(model, ["levels.0.transformer_encoder.0"])
+    assert "16 windows of 16 tokens" in recorder.skipped["levels.0.transformer_encoder.0"]
+    x, values, recorder = record(model, "blocks", widen=True)
+    with torch.no_grad():
+        expected = model.forward_intermediates(x, intermediates_only=True)
+    assert list(values) == ["levels.0", "levels.1", "levels.2"]
     for maps, reference in zip(values.values(), expected, strict=True):
-        torch.testing.assert_close(maps, reference, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(maps, reference, rtol=1e-5, atol=1e-5)
+
+
+class Branches(nn.Module):
+    """Puts out maps of two resolutions, and a state that is none beside a map."""
+
+    def __init__(self):
+        super().__init__()
+        self.fork, self.mixed = Fork(), Mixed()
+
+    def forward(self, x):
+        return self.fork(x)[0] + self.mixed(x)[0]
+
+
+class Fork(nn.Module):
+    def forward(self, x):
+        return [x, nn.functional.avg_pool2d(x, 2)]
+
+
+class Mixed(nn.Module):
+    def forward(self, x):
+        return x, x[:, :, :7, :7].flatten(2).mT
+
+
+def test_branches_of_different_resolution_are_layers_each():
+    x, values, _ = record(Branches(), ["fork", "mixed"])
+    assert list(values) == ["fork", "fork[1]", "mixed"]
+    torch.testing.assert_close(values["fork[1]"], nn.functional.avg_pool2d(x, 2))
+
+
+def test_stages_that_timm_names_wrongly_are_the_ends_of_runs():
+    model = timm.create_model("mvitv2_tiny")
+    assert not set(dict(model.named_modules())) & {info["module"] for info in model.feature_info}
+    names = [probe.name for probe in choose_probes(model, "stages")]
+    assert names == ["stages.0.blocks.0", "stages.1.blocks.1", "stages.2.blocks.4", "stages.3.blocks.1"]
+
+
+def test_stages_of_a_network_inside_another_are_found():
+    model = nn.ModuleDict({"encoder": timm.create_model("test_vit")})
+    model.feature_info = model["encoder"].feature_info
+    assert choose_probes(model, "stages")[0].name == "encoder.blocks.0"
+
+
+class Block(nn.Module):
+    """A residual block that declares its children in the given order."""
+
+    def __init__(self, order, forward):
+        super().__init__()
+        makers = {"attn": nn.Linear, "mlp": nn.Linear}
+        for name in order:
+            self.add_module(name, makers[name](4, 4) if name in makers else nn.LayerNorm(4))
+        self.run = forward
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def pre_norm(block, x):
+    block.state = x + block.attn(block.norm1(x))
+    return block.state + block.mlp(block.norm2(block.state))
+
+
+def after_norm(block, x):
+    block.state = x + block.norm1(block.attn(x))
+    return block.state + block.norm2(block.mlp(block.state))
+
+
+def without_norm(block, x):
+    block.state = x + block.attn(x)
+    return block.state + block.mlp(block.state)
+
+
+def one_residual(block, x):
+    return x + block.mlp(block.norm1(block.attn(x)))
+
+
+@pytest.mark.parametrize(
+    ("order", "forward"),
+    [
+        (("norm1", "attn", "norm2", "mlp"), pre_norm),
+        (("attn", "norm1", "norm2", "mlp"), pre_norm),
+        (("attn", "norm1", "mlp", "norm2"), after_norm),
+        (("attn", "mlp"), without_norm),
+        (("attn", "mlp", "norm1", "norm2"), pre_norm),
+        (("attn", "norm1", "mlp"), one_residual),
+    ],
+)
+def test_the_state_after_attention_in_blocks_of_every_order(order, forward):
+    """The state after the residual, or the whole block where the order does not tell; nothing else."""
+    model = nn.Sequential(Block(order, forward), Block(order, forward))
+    x = torch.randn(2, 16, 4)
+    with (
+        torch.no_grad(),
+        Recorder(
+            model,
+            choose_probes(model, "sublayers"),
+            lambda layer, maps: maps.clone(),
+            input_size=(16, 16),
+        ) as recorder,
+    ):
+        values = recorder.forward(x)
+    told = order[-2:] != ("norm1", "norm2") and forward is not one_residual
+    assert list(values) == (["0:attn", "0:mlp", "1:attn", "1:mlp"] if told else ["0", "1"])
+    if told:
+        torch.testing.assert_close(values["0:attn"], model[0].state.mT.unflatten(2, (4, 4)))
 
 
 def test_blocks_that_work_on_patches_give_way_to_the_module_around_them():
