@@ -1,7 +1,7 @@
 """What capture costs, as ratios to the bare forward pass of the same batches in the same process.
 
     python benchmarks/capture.py            the table of the README (about ten minutes on two cores)
-    python benchmarks/capture.py --memory   peak memory of 64 and of 512 images
+    python benchmarks/capture.py --memory   peak memory of 64 and of 512 images, malloc set
     python benchmarks/capture.py --quick    one round, to see that it runs
 
 Rows are measured in turn, round after round, and the medians of the per-round ratios are printed, so that a
@@ -115,13 +115,13 @@ def main():
     rounds = 1 if options.quick else options.rounds
     if options.worker:
         what, case, number = options.worker
+        if what in ("memory", "malloc"):
+            from fourierbias._malloc import keep_memory
+
+            keep_memory()
         if what == "memory":
             result = peak_memory(case, int(number))
         else:
-            if what == "malloc":
-                from fourierbias._malloc import keep_memory
-
-                keep_memory()
             result = measure(case, int(number))
         print(json.dumps(result))
         return
