@@ -445,15 +445,11 @@ class ReparamConv2d(nn.Conv2d):
     def _tokens_queries_keys(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return tokens (B, N, Ci), queries (B, K², Nq, d) with the scale in them, keys (B, K², N, d)."""
         tokens = x.flatten(2).transpose(1, 2).contiguous()
-        at_queries = tokens
-        if self.stride[0] > 1:
-            step = self.stride[0]
-            at_queries = x[:, :, ::step, ::step].flatten(2).transpose(1, 2)
-        head_dim = len(self.query) // self.heads
-        q = F.linear(at_queries, self.query.to(x.dtype) * head_dim**-0.5)
-        k = F.linear(tokens, self.key.to(x.dtype))
-        q, k = (t.unflatten(-1, (self.heads, head_dim)).transpose(1, 2).contiguous() for t in (q, k))
-        return tokens, q, k
+        head_dim, step = len(self.query) // self.heads, self.stride[0]
+        both = torch.cat([self.query * head_dim**-0.5, self.key]).to(x.dtype)  # one product for both
+        q, k = F.linear(tokens, both).unflatten(-1, (2, self.heads, head_dim)).permute(2, 0, 3, 1, 4)
+        q = q.unflatten(2, x.shape[-2:])[:, :, ::step, ::step].flatten(2, 3)
+        return tokens, q.contiguous(), k.contiguous()
 
     def _positional(self, x: Tensor, share: Tensor) -> Tensor:
         """Return positional attention (Nq, K², N), shared by all samples, scaled by its ``share`` (K²,)."""
