@@ -1,6 +1,7 @@
 """What the experiments share: trainings and captures that are made once and kept, and common options."""
 
 import ast
+import csv
 import functools
 import hashlib
 from collections.abc import Callable
@@ -129,6 +130,16 @@ def captured(
     chosen = held.take(torch.linspace(0, len(held) - 1, min(images, len(held))).long())
     tensors = torch.cat([batch for batch, _ in evaluation_batches(chosen)])
     return fourierbias.capture(loaded, tensors, output=file, overwrite=True, **options)
+
+
+def learning_curve(checkpoint: Path) -> np.ndarray:
+    """Epochs, and test accuracy after each (2, E), from the log beside a checkpoint."""
+    log = checkpoint.with_suffix(".csv")
+    if not log.exists():
+        raise FourierBiasError(f"no log {log}: give a folder that holds each MODEL.ckpt with its MODEL.csv")
+    with open(log) as file:
+        rows = [row for row in csv.DictReader(file) if row["test_accuracy"]]
+    return np.array([[float(row[key]) for row in rows] for key in ("epoch", "test_accuracy")])
 
 
 def mean_and_spread(values: np.ndarray, alone: np.ndarray | float = np.nan) -> tuple[np.ndarray, np.ndarray]:

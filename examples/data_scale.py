@@ -129,21 +129,22 @@ def draw(rows, found):
         values = accuracies(rows, model)[1]
         for ax, shown in ((left, values), (right, values - cnn)):
             mean, std = mean_and_spread(100 * shown)
-            ax.errorbar(shares, mean, std, fmt=style, markersize=4, capsize=2, label=model)
-    rings = right.plot(
-        [row["share"] for row in found], np.zeros(len(found)), "ko", fillstyle="none", markersize=9
-    )
-    rings[0].set_label("crosses the CNN")
+            drawn = ax.errorbar(shares, mean, std, fmt=style, markersize=4, capsize=2, label=model)
+        for row in (row for row in found if row["model"] == model):
+            ring = {"fillstyle": "none", "markersize": 9, "color": drawn.lines[0].get_color()}
+            right.plot(row["share"], 0, "o", **ring)
     left.set_ylabel("test accuracy (%)")
     right.set_ylabel("test accuracy minus the CNN's (points)")
     for ax in (left, right):
         ax.set(xscale="log", xlabel="share of the training images")
         ax.set_xticks(shares, [f"{100 * share:g} %" for share in shares])
         ax.minorticks_off()
-    figure.legend(*right.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=6)
     seen, seeds = sorted(row["images_seen"] for row in rows), cnn.shape[1]
     bars = f"bars: standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
-    figure.supxlabel(f"images seen by each training: {seen[0]} to {seen[-1]}; {bars}", fontsize=8)
+    figure.supxlabel(
+        f"images seen by each training: {seen[0]} to {seen[-1]}; rings: crossings; {bars}", fontsize=8
+    )
     return figure
 
 

@@ -15,16 +15,14 @@ elsewhere: MODEL.ckpt with its log MODEL.csv beside it. All is kept in the outpu
 experiments do.
 """
 
-import csv
 from pathlib import Path
 
 import click
 import numpy as np
-from _runs import captured, experiment, save, settings, trained
+from _runs import captured, experiment, learning_curve, save, settings, trained
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fourierbias import FourierBiasError
 from fourierbias.curves import measure_trend, response_trend
 from fourierbias.figures import measure_axes, response_axes
 from fourierbias.training import Recipe
@@ -53,23 +51,13 @@ def main(data, output, quick, change, checkpoints, epochs, fraction):
         else:
             learner = bootstrap("joint") if model == "vit-bootstrapped" else None
             path = trained(output / "runs", model, model.split("-")[0], data, recipe, learner)
-        learning[model] = accuracies(path)
+        learning[model] = learning_curve(path)
         images = 64 if quick else 512
         captures[model] = captured(output / "runs", path, data, recipe, images, measures=MEASURES)
     trends = by_depth(captures)
-    write_csv(output / "inductive_bias_zoo.csv", rows(learning, trends))
+    write_csv(output / "inductive_bias_zoo.csv", list(rows(learning, trends)))
     report(learning, trends)
     save(draw(learning, captures, trends), output / "inductive_bias_zoo.png")
-
-
-def accuracies(checkpoint):
-    """Epochs, and test accuracy after each, from the log of a training."""
-    log = checkpoint.with_suffix(".csv")
-    if not log.exists():
-        raise FourierBiasError(f"no log {log}: give a folder that holds each MODEL.ckpt with its MODEL.csv")
-    with open(log) as file:
-        rows = [row for row in csv.DictReader(file) if row["test_accuracy"]]
-    return np.array([[float(row[key]) for row in rows] for key in ("epoch", "test_accuracy")])
 
 
 def by_depth(captures):

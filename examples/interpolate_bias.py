@@ -131,7 +131,7 @@ def draw(rows, found):
     for towards, color in ((True, "#0072B2"), (False, "#D55E00")):
         chosen = [row for row in found if row["towards_cnn"] == towards]
         bars = [row["rank_correlation"] for row in chosen]
-        label = f"{'' if towards else 'not '}from the ViT's value towards the CNN's"
+        label = "towards the CNN, from the ViT" if towards else "not so"
         axes[2].bar([row["depth"] for row in chosen], bars, 0.05, color=color, label=label)
     axes[2].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     axes[0].set_ylabel("Δ log amplitude at π (ln)")
