@@ -65,6 +65,14 @@ class Moments:
         self.total += other.total
         self.products += other.products
 
+    def columns(self, kept: slice) -> Moments:
+        """The accumulator of some of the numbers alone, of the same images."""
+        part = Moments(len(self.total[kept]), covariance=self.products.ndim == 2)
+        part.count, part.rejected = self.count, self.rejected
+        part.total[...] = self.total[kept]
+        part.products[...] = self.products[kept, kept] if self.products.ndim == 2 else self.products[kept]
+        return part
+
     @property
     def mean(self) -> np.ndarray:
         """Mean over images, shape (size,); NaN before the first image."""

@@ -73,10 +73,10 @@ class LayerSums:
         }
 
     def _result(self, layer: Layer, place: dict[str, Any], about: dict[str, Any]) -> CapturedLayer:
-        moments = self.moments[layer.name]
         described = asdict(layer)
         attrs = {**described.pop("attrs"), **described, **place}
         grid = (layer.height, layer.width)
+        moments = self.reducer.quantities(self.moments[layer.name], *grid)
         spectra = {
             path: make_spectrum(moments, path, grid, eps=self.reducer.eps, attrs=attrs)
             for path in self.reducer.paths
@@ -310,7 +310,7 @@ def _describe(
     device: torch.device,
     seed: int,
 ) -> dict[str, Any]:
-    count = max(moments["dead_share"].count for moments in sums.moments.values())
+    count = max(m["joint"].count + m["joint"].rejected for m in sums.moments.values())
     return {
         "model": loaded.arch,
         "arch": loaded.arch,

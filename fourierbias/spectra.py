@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -214,15 +214,18 @@ def spectrum(
     _choice("reference", reference, ("dc", "first"))
     maps = as_maps(x, grid=grid, layout=layout)
     precision = torch.float32 if maps.device.type == "mps" else torch.float64
-    moments = reducer.moments(*maps.shape[-2:])
+    grid = tuple(maps.shape[-2:])
+    sums = reducer.moments(*grid)
     step = max(1, _CHUNK_ELEMENTS // max(1, maps[0].numel()))
     for start in range(0, len(maps), step):
-        for name, values in reducer(maps[start : start + step].to(precision)).items():
-            moments[name].update(values.detach().numpy())
+        projection = reducer.project(maps[start : start + step].to(precision))
+        for name, values in reducer.finish([projection])[0].items():
+            sums[name].update(values.detach().numpy())
+    moments = reducer.quantities(sums, *grid)
     rejected = moments[path].rejected
     if rejected:
         warnings.warn(f"{rejected} of {len(maps)} images hold NaN or Inf and are left out", stacklevel=2)
-    result = make_spectrum(moments, path, maps.shape[-2:], eps=eps, reference=reference)
+    result = make_spectrum(moments, path, grid, eps=eps, reference=reference)
     return result.park_kim() if compat else result
 
 
@@ -363,13 +366,13 @@ class Projection(NamedTuple):
 
 
 class MapReducer:
-    """Feature maps (B, C, H, W) to one short vector per image and quantity: the work of the capture hook.
+    """Feature maps (B, C, H, W) to one short vector per image: the work of the capture hook.
 
     Quantities: each path asked for (log amplitude, mean over channels), ``dead_share``,
     ``feature_variance`` (unbiased spatial variance, mean over channels; Park & Kim's figure 9) and, when
     asked for, ``high_frequency_share`` at ``cutoffs``.  A pure function of the maps, in two steps: `project`
     reads them once, inside a hook; `finish` does the rest for all layers of a batch together.  `moments`
-    makes the accumulators that the results go into.
+    makes the accumulators that the results go into, `quantities` takes them apart.
 
     >>> import torch
     >>> reduce = MapReducer(("diagonal",))
@@ -394,20 +397,36 @@ class MapReducer:
         self.cutoffs = tuple(float(c) for c in cutoffs) if high_frequency_share else ()
         self._lines = tuple(path for path in self.paths if path in LINES)
 
+    def sizes(self, height: int, width: int) -> dict[str, int]:
+        """Length of each quantity in the vector of an image, in order; ``2d`` has a vector of its own."""
+        sizes = {"feature_variance": 1, "dead_share": 1}
+        for path in (*self._lines, *(("radial",) if "radial" in self.paths else ())):
+            sizes[path] = len(line_frequencies(height, width, path))
+        return sizes | ({"high_frequency_share": len(self.cutoffs)} if self.cutoffs else {})
+
     def moments(self, height: int, width: int) -> dict[str, Moments]:
-        """Empty accumulators for maps of this grid, one per quantity."""
-        sizes = {path: len(line_frequencies(height, width, path)) for path in self.paths if path != "2d"}
-        sizes |= {"feature_variance": 1, "dead_share": 1}
-        if self.cutoffs:
-            sizes["high_frequency_share"] = len(self.cutoffs)
-        moments = {name: Moments(size) for name, size in sizes.items()}
+        """Empty accumulators for maps of this grid, one for each vector that `finish` gives."""
+        moments = {"joint": Moments(sum(self.sizes(height, width).values()))}
         if "2d" in self.paths:
             moments["2d"] = Moments(height * (width // 2 + 1), covariance=False)
         return moments
 
+    def quantities(self, moments: Mapping[str, Moments], height: int, width: int) -> dict[str, Moments]:
+        """Accumulators made by `moments` as one for each quantity; others among them as they are."""
+        sizes = self.sizes(height, width)
+        stops = np.cumsum(list(sizes.values()))
+        joint = {
+            name: moments["joint"].columns(slice(stop - size, stop))
+            for (name, size), stop in zip(sizes.items(), stops, strict=True)
+        }
+        return joint | {name: sums for name, sums in moments.items() if name != "joint"}
+
     def __call__(self, x: Tensor) -> dict[str, Tensor]:
-        """Per-image values of maps (B, C, H, W), each (B, K) float64 on the CPU."""
-        return self.finish([self.project(x)])[0]
+        """Per-image values of maps (B, C, H, W) by quantity, each (B, K) float64 on the CPU."""
+        values = self.finish([self.project(x)])[0]
+        sizes = self.sizes(*x.shape[-2:])
+        joint = values.pop("joint").split(list(sizes.values()), dim=1)
+        return dict(zip(sizes, joint, strict=True)) | values
 
     def project(self, x: Tensor) -> Projection:
         """The part of the work that reads the maps, for a hook: a few numbers per channel."""
@@ -420,7 +439,10 @@ class MapReducer:
             return Projection(x.shape[-2:], line, torch.linalg.vector_norm(flat, dim=1), plane)
 
     def finish(self, projections: Sequence[Projection]) -> list[dict[str, Tensor]]:
-        """Per-image values of each projection; the layers of one shape are worked on together."""
+        """Per-image vectors of each projection; the layers of one shape are worked on together.
+
+        ``joint`` (B, K) holds all quantities of `sizes` side by side, so that one accumulator takes them.
+        """
         groups: dict[Any, list[int]] = {}
         for index, projection in enumerate(projections):
             groups.setdefault((projection.grid, projection.line.shape), []).append(index)
@@ -437,36 +459,34 @@ class MapReducer:
         return bool({"radial", "2d"} & set(self.paths) or self.cutoffs)
 
     def _values(self, grid: tuple[int, int], group: Sequence[Projection]) -> dict[str, Tensor]:
-        amplitude = torch.hypot(*torch.cat([p.line for p in group]).chunk(2, dim=1))
+        amplitude = _magnitude(torch.cat([p.line for p in group]))
         norm = torch.cat([p.norm for p in group])
         dead = amplitude.amax(dim=1) == 0
-        out = {
-            "feature_variance": _mean_variance(norm, amplitude[:, 0], grid),
-            "dead_share": dead.to(norm.dtype).mean(dim=1, keepdim=True),
-        }
+        joint = [
+            _mean_variance(norm, amplitude[:, 0], grid),
+            dead.to(norm.dtype).mean(dim=1, keepdim=True),
+        ]
         if self._lines:
-            logs = self._over_channels((amplitude + self.eps).log(), dead)
-            sizes = [len(line_frequencies(*grid, path)) for path in self._lines]
-            out |= dict(zip(self._lines, logs.split(sizes, dim=1), strict=True))
+            joint.append(self._over_channels((amplitude + self.eps).log(), dead))
+        whole = {}
         if self._needs_plane:
-            out |= self._plane_values(grid, torch.cat([p.plane for p in group]), dead)
-        return out
+            half = torch.cat([p.plane for p in group])
+            if {"radial", "2d"} & set(self.paths):
+                logs = self._over_channels((half + self.eps).log(), dead)
+                if "radial" in self.paths:
+                    joint.append(logs @ torch.as_tensor(_annuli(*grid)).to(logs))
+                if "2d" in self.paths:
+                    whole["2d"] = logs
+            if self.cutoffs:
+                joint.append(self._high_frequency_share(grid, half))
+        return {"joint": torch.cat(joint, dim=1), **whole}
 
-    def _plane_values(self, grid: tuple[int, int], amplitude: Tensor, dead: Tensor) -> dict[str, Tensor]:
-        out = {}
-        if {"radial", "2d"} & set(self.paths):
-            logs = self._over_channels((amplitude + self.eps).log(), dead)
-            if "radial" in self.paths:
-                out["radial"] = logs @ torch.as_tensor(_annuli(*grid)).to(logs)
-            if "2d" in self.paths:
-                out["2d"] = logs
-        if self.cutoffs:
-            power = amplitude.square().mean(dim=2)
-            energy = power @ torch.as_tensor(_energy_above(*grid, self.cutoffs)).to(power)
-            # A constant map has no energy beyond DC, so no share of it is high: 0, not 0/0.
-            above, total = energy[:, :-1], energy[:, -1:]
-            out["high_frequency_share"] = torch.where(total == 0, above, above / total)
-        return out
+    def _high_frequency_share(self, grid: tuple[int, int], amplitude: Tensor) -> Tensor:
+        power = amplitude.square().mean(dim=2)
+        energy = power @ torch.as_tensor(_energy_above(*grid, self.cutoffs)).to(power)
+        # A constant map has no energy beyond DC, so no share of it is high: 0, not 0/0.
+        above, total = energy[:, :-1], energy[:, -1:]
+        return torch.where(total == 0, above, above / total)
 
     def _over_channels(self, logs: Tensor, dead: Tensor) -> Tensor:
         """Mean over channels, (B, K, C) -> (B, K); without the dead ones if they are to be dropped."""
@@ -474,6 +494,12 @@ class MapReducer:
             return logs.mean(dim=2)
         alive = (~dead).to(logs.dtype).unsqueeze(1)
         return (logs * alive).sum(dim=2) / alive.sum(dim=2)
+
+
+def _magnitude(line: Tensor) -> Tensor:
+    """√(re² + im²) of (B, 2F, C), real parts first: (B, F, C).  In vector arithmetic, as hypot is not."""
+    real, imaginary = line.chunk(2, dim=1)
+    return torch.addcmul(real.square(), imaginary, imaginary).sqrt_()
 
 
 def _mean_variance(norm: Tensor, sums: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -492,7 +518,7 @@ def make_spectrum(
     reference: str = "dc",
     attrs: dict[str, Any] | None = None,
 ) -> Spectrum:
-    """The `Spectrum` of one path from the accumulators of `MapReducer.moments`."""
+    """The `Spectrum` of one path from the accumulators of `MapReducer.quantities`."""
     height, width = int(grid[0]), int(grid[1])
     sums = moments[path]
     if path == "2d":

@@ -2,15 +2,19 @@
 
 The file carries NeXus attributes and dimension scales, so that h5web, silx and xarray show a curve on
 opening it.  It is written beside its final name and renamed when complete: a file under its final name is
-always whole.
+always whole.  Behind the end of the HDF5 data stands a line with their hash, so that damage is told before
+anything is read; other programs ignore it, and one that changes the file cuts it off.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
+import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +31,12 @@ FORMAT = "fourierbias"
 SERIES_FORMAT = "fourierbias-series"
 FORMAT_VERSION = 1
 COMPRESSIONS = ("gzip", "lzf", "none")
+
+_SEAL = "\nfourierbias sha256 {}\n"
+_SEAL_BYTES = len(_SEAL.format("0" * 64))
+# A larger file, which is one of stored maps, is not sealed: hashing it would be felt at each reading.
+_SEALED_BYTES = 2**28
+_PIECE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -151,7 +161,7 @@ class Capture(Mapping[str, Spectrum]):
 
     def _map(self, change: Any) -> Capture:
         layers = {
-            name: replace(record, spectra={self.path: change(record.spectra[self.path])})
+            name: replace(record, spectra={self.path: change(self[name])})
             for name, record in self.layers.items()
         }
         return self._with(layers, self.path)
@@ -210,6 +220,7 @@ class Writer:
             _write(self._file, capture)
             self._file.attrs["complete"] = True
             self._file.close()
+            _seal(self.partial)
             os.replace(self.partial, self.path)
         except OSError as error:
             raise FourierBiasError(f"cannot write {self.path}: {_reason(error)}") from None
@@ -240,6 +251,7 @@ def append_series(path: str | os.PathLike[str], epoch: int, capture: Capture) ->
                 group = handle.create_group(f"epochs/{number:06d}", track_order=True)
                 _write(group, series[number])
                 group.attrs["complete"] = True
+        _seal(partial)
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
@@ -290,12 +302,58 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
     if not Path(path).is_file():
         raise FourierBiasError(f"no file {path}: make one with 'fourierbias capture MODEL -o {path}'")
     try:
+        stat = os.stat(path)
+        if not _is_intact(os.fspath(path), stat.st_size, stat.st_mtime_ns):
+            raise FourierBiasError(f"{path} is damaged: copy it again from where it came, or capture again")
         with h5py.File(path, "r") as handle:
             yield handle
     except FourierBiasError:
         raise
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+    except _UNREADABLE as error:
         raise FourierBiasError(f"{path} is not a readable fourierbias file: {_reason(error)}") from None
+
+
+# What h5py and the reading below raise for contents that are not as they were written.
+_UNREADABLE = (
+    OSError,
+    LookupError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+    AttributeError,
+    ArithmeticError,
+    MemoryError,
+)
+
+
+def _seal(path: Path) -> None:
+    """Append the hash of a file to it."""
+    if path.stat().st_size > _SEALED_BYTES:
+        return
+    with open(path, "r+b") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0, os.SEEK_END)
+        file.write(_SEAL.format(digest).encode())
+
+
+@functools.lru_cache(maxsize=64)
+def _is_intact(path: str, size: int, modified: int) -> bool:
+    """Whether a file is as it was sealed; True also of one without a seal.  ``modified`` keeps it current.
+
+    HDF5 has no checksums of its own here, and may read on for ever in a file with a few wrong bytes.
+    """
+    if not _SEAL_BYTES < size <= _SEALED_BYTES + _SEAL_BYTES:
+        return True
+    with open(path, "rb") as file:
+        file.seek(-_SEAL_BYTES, os.SEEK_END)
+        seal = re.fullmatch(_SEAL.format("([0-9a-f]{64})").encode(), file.read())
+        if seal is None:
+            return True
+        digest = hashlib.sha256()
+        file.seek(0)
+        for left in range(size - _SEAL_BYTES, 0, -_PIECE_BYTES):
+            digest.update(file.read(min(left, _PIECE_BYTES)))
+    return digest.hexdigest() == seal[1].decode()
 
 
 def _write(handle: h5py.Group, capture: Capture) -> None:
@@ -349,6 +407,15 @@ def _write_curve(group: h5py.Group, spectrum: Spectrum) -> None:
     group.attrs.update({"NX_class": "NXdata", "signal": "log_amplitude", "axes": ["frequency"]})
 
 
+_PLACE = {
+    "index": int,
+    "depth": float,
+    "channels": int,
+    "height": int,
+    "width": int,
+    "stride": float,
+    "kind": str,
+}
 _COUNTS = {"count": int, "rejected": int, "dead_share": float, "eps": float}
 
 
@@ -428,6 +495,9 @@ def _layer_groups(layers: h5py.Group) -> Iterator[tuple[str, h5py.Group]]:
 def _read_layer(group: h5py.Group) -> CapturedLayer:
     skip = {"NX_class", "signal", "axes", *_COUNTS}
     attrs = {key: _from_plain(value) for key, value in group.attrs.items() if key not in skip}
+    for key, kind in _PLACE.items():
+        if key in attrs or key in ("index", "depth"):
+            attrs[key] = kind(attrs[key])
     spectra = {}
     for path in (*LINES, "radial"):
         node = group if path == "diagonal" else group.get(path)
@@ -444,10 +514,11 @@ def _read_layer(group: h5py.Group) -> CapturedLayer:
 
 
 def _read_curve(group: h5py.Group, path: str, attrs: dict[str, Any]) -> Spectrum:
-    covariance = group["covariance"][()]
+    frequency = _numbers(group, "frequency", ndim=1)
+    covariance = _numbers(group, "covariance", (len(frequency), len(frequency)))
     return Spectrum(
-        frequency=group["frequency"][()],
-        log_amplitude=group["log_amplitude"][()],
+        frequency=frequency,
+        log_amplitude=_numbers(group, "log_amplitude", frequency.shape),
         variance=np.maximum(np.diagonal(covariance), 0.0),
         covariance=covariance,
         path=path,
@@ -457,13 +528,13 @@ def _read_curve(group: h5py.Group, path: str, attrs: dict[str, Any]) -> Spectrum
 
 
 def _read_2d(group: h5py.Group, attrs: dict[str, Any]) -> Spectrum:
-    dataset = group["log_amplitude_2d"]
-    counts = _read_counts(dataset.attrs)
-    fy, fx = group["frequency_y"][()], group["frequency_x"][()]
+    counts = _read_counts(group["log_amplitude_2d"].attrs)
+    fy, fx = (_numbers(group, name, ndim=1) for name in ("frequency_y", "frequency_x"))
+    grid = (len(fy), len(fx))
     return Spectrum(
         frequency=np.stack(np.meshgrid(fy, fx, indexing="ij"), axis=-1),
-        log_amplitude=dataset[()],
-        variance=group["standard_error_2d"][()] ** 2 * counts["count"],
+        log_amplitude=_numbers(group, "log_amplitude_2d", grid),
+        variance=_numbers(group, "standard_error_2d", grid) ** 2 * counts["count"],
         covariance=None,
         path="2d",
         attrs=attrs,
@@ -471,17 +542,29 @@ def _read_2d(group: h5py.Group, attrs: dict[str, Any]) -> Spectrum:
     )
 
 
+def _numbers(
+    group: h5py.Group, name: str, shape: tuple[int, ...] | None = None, *, ndim: int | None = None
+) -> np.ndarray:
+    """A dataset as it must be: numbers, of the given shape or at least one along each of ``ndim`` axes."""
+    dataset = group[name]
+    fits = dataset.shape == shape if ndim is None else dataset.ndim == ndim and dataset.size > 0
+    if dataset.dtype.kind not in "fiu" or not fits:
+        raise ValueError(f"{dataset.name} is {dataset.dtype} of shape {dataset.shape}")
+    return dataset[()]
+
+
 def _read_measure(group: h5py.Group, name: str) -> Measure:
     dataset = group[name]
+    shape = () if dataset.shape == () else (max(dataset.size, 1),)
     attrs = {key: _from_plain(value) for key, value in dataset.attrs.items()}
     axis_name = attrs.pop("axis", "")
     for key in ("measure", "DIMENSION_LIST"):
         attrs.pop(key, None)
     return Measure(
-        mean=np.atleast_1d(dataset[()]),
-        standard_error=np.atleast_1d(group[f"{name}_standard_error"][()]),
+        mean=np.atleast_1d(_numbers(group, name, shape)),
+        standard_error=np.atleast_1d(_numbers(group, f"{name}_standard_error", shape)),
         count=int(attrs.pop("count")),
-        axis=group[f"{name}_{axis_name}"][()] if axis_name else None,
+        axis=_numbers(group, f"{name}_{axis_name}", shape) if axis_name else None,
         axis_name=axis_name,
         attrs=attrs,
     )

@@ -192,9 +192,10 @@ def test_several_paths_at_once_equal_each_alone():
     maps = torch.from_numpy(noise(3, 4, 6, 10))
     paths = ("vertical", "2d", "diagonal", "radial", "horizontal")
     reducer = MapReducer(paths)
-    moments = reducer.moments(6, 10)
-    for name, values in reducer(maps).items():
-        moments[name].update(values.numpy())
+    sums = reducer.moments(6, 10)
+    for name, values in reducer.finish([reducer.project(maps)])[0].items():
+        sums[name].update(values.numpy())
+    moments = reducer.quantities(sums, 6, 10)
     for path in paths:
         got = make_spectrum(moments, path, (6, 10))
         np.testing.assert_allclose(got.log_amplitude, spectrum(maps, path=path).log_amplitude, atol=1e-12)

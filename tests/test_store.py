@@ -16,9 +16,11 @@ def make_capture():
     reducer = MapReducer(PATHS)
     layers = {}
     for index, (name, grid) in enumerate({"stem": (8, 8), "blocks.0:attn": (4, 6)}.items()):
-        moments = reducer.moments(*grid)
-        for key, values in reducer(torch.randn(5, 3, *grid, dtype=torch.float64)).items():
-            moments[key].update(values.numpy())
+        sums = reducer.moments(*grid)
+        maps = torch.randn(5, 3, *grid, dtype=torch.float64)
+        for key, values in reducer.finish([reducer.project(maps)])[0].items():
+            sums[key].update(values.numpy())
+        moments = reducer.quantities(sums, *grid)
         attrs = {"index": index, "depth": float(index), "kind": "conv", "height": grid[0], "width": grid[1]}
         spectra = {path: make_spectrum(moments, path, grid, attrs=attrs) for path in PATHS}
         heads = Moments(3)
