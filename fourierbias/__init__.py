@@ -12,7 +12,7 @@ from ._version import __version__
 from .errors import FourierBiasError
 
 if TYPE_CHECKING:
-    from .capturing import capture
+    from .capturing import capture, merge
     from .figures import plot
     from .models.reparam import recast
     from .spectra import Spectrum, spectrum
@@ -25,6 +25,7 @@ _HOMES = {
     "Spectrum": "spectra",
     "capture": "capturing",
     "load": "store",
+    "merge": "capturing",
     "plot": "figures",
     "recast": "models.reparam",
     "spectrum": "spectra",
@@ -37,6 +38,7 @@ __all__ = [
     "__version__",
     "capture",
     "load",
+    "merge",
     "plot",
     "recast",
     "spectrum",

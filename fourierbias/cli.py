@@ -12,22 +12,28 @@ import click
 
 from ._malloc import keep_memory
 from ._version import __version__
+from .distributed import is_first, session
 from .errors import FourierBiasError
 
 _PATHS = ("diagonal", "horizontal", "vertical", "radial", "2d")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; bad input ends in one line ``Error: …`` on stderr and exit status 2."""
+    """Run the command line; bad input ends in one line ``Error: …`` on stderr and exit status 2.
+
+    Of several processes that a launcher started together, one says it.
+    """
     keep_memory()
     warnings.showwarning = _show_warning
     try:
-        status = cli.main(arguments, prog_name="fourierbias", standalone_mode=False)
+        with session():
+            status = cli.main(arguments, prog_name="fourierbias", standalone_mode=False)
     except (click.ClickException, FourierBiasError) as error:
         message = error.format_message() if isinstance(error, click.ClickException) else str(error)
         _fail(message)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("Interrupted.", err=True)
+    except (click.Abort, KeyboardInterrupt) as stopped:
+        if is_first():
+            click.echo(str(stopped.__cause__ or "") or "Interrupted.", err=True)
         sys.exit(130)
     except BrokenPipeError:  # `fourierbias info … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -45,7 +51,7 @@ def _fail(message: str) -> None:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
-    if issubclass(category, UserWarning):
+    if issubclass(category, UserWarning) and is_first():
         click.echo(f"Warning: {message}", err=True)
 
 
@@ -123,18 +129,30 @@ def cli() -> None:
 @click.option("--device", help="cpu, cuda, … (default: a GPU if there is one).")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="HDF5 file (default: MODEL.h5 here).")
 @click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
+@click.option(
+    "--resume", is_flag=True, help="Go on with a capture that was interrupted; starts one if none was."
+)
+@click.option("--save-every", type=float, default=60.0, show_default=True, help="Seconds between saves.")
+@click.option("--shard", metavar="K/N", help="Only the K-th of N parts of the images, 1/N to N/N; see merge.")
+@click.option("--consolidate", is_flag=True, help="Of torchrun: copy the ranks' feature maps into one file.")
 def capture(
-    model: str, output: Path | None, layers: tuple[str, ...], images: int | None, **options: Any
+    model: str,
+    output: Path | None,
+    layers: tuple[str, ...],
+    images: int | None,
+    shard: str | None,
+    **options: Any,
 ) -> None:
     """Spectra of MODEL's feature maps, layer by layer, into an HDF5 file.
 
     MODEL is a checkpoint (.ckpt), a timm model name (random weights unless --pretrained), or a weights
-    file with --arch.
+    file with --arch.  Under torchrun the ranks share the images.
     """
     from .capturing import capture as run
 
     loaded = _load(model, options)
     output = output or Path(Path(model.rstrip("/")).name).with_suffix(".h5")
+    before = output.stat() if output.exists() else None
     result = run(
         loaded,
         options.pop("data"),
@@ -142,12 +160,47 @@ def capture(
         output=output,
         limit=images,
         paths=options.pop("paths") or ("diagonal",),
+        shard=_shard(shard),
         progress=True,
         **options,
     )
+    if is_first():
+        _print_capture(result)
+        if output.stat() == before:
+            click.echo(f"{output} was complete already.")
+        else:
+            _print_written(result, output)
+        click.echo("Next: fourierbias " + ("merge PARTS -o ALL.h5" if shard else f"plot {output}"))
+
+
+@cli.command()
+@click.argument("parts", nargs=-1, required=True)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="HDF5 file for the whole."
+)
+@click.option("--consolidate", is_flag=True, help="Copy feature maps, in place of references to PARTS.")
+@click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
+def merge(parts: tuple[str, ...], output: Path, consolidate: bool, overwrite: bool) -> None:
+    """Put PARTS, all that capture --shard made of one capture, together as one file."""
+    from .capturing import merge as run
+
+    result = run(parts, output, overwrite=overwrite, consolidate=consolidate)
     _print_capture(result)
-    click.echo(f"Wrote {output}: {len(result)} layers, {result.attrs['count']} images.")
+    _print_written(result, output)
     click.echo(f"Next: fourierbias plot {output}")
+
+
+def _shard(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal()):
+        raise FourierBiasError(f"--shard {text}: write it as 3/16, the third of sixteen parts")
+    return int(number), int(count)
+
+
+def _print_written(result: Any, output: Path) -> None:
+    click.echo(f"Wrote {output}: {len(result)} layers, {result.attrs['count']} images.")
 
 
 @cli.command()
@@ -390,6 +443,8 @@ def train(
     except TrainingInterruptedError as stopped:
         _say(str(stopped))
         sys.exit(130)
+    if not is_first():
+        return
     click.echo(f"Wrote {result.path}: test accuracy {100 * result.metrics['test_accuracy']:.2f} %.")
     if probe is not None:
         click.echo(f"Wrote {series}: spectra through training.  Next: fourierbias plot {series}")
@@ -462,4 +517,5 @@ def _print_capture(result: Any) -> None:
 
 
 def _say(text: str) -> None:
-    click.echo(text, err=True)
+    if is_first():
+        click.echo(text, err=True)

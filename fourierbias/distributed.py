@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -99,6 +99,10 @@ def session() -> Iterator[None]:
         if _is_lost_connection(error):
             raise FourierBiasError("another process of this run has ended, so this one ends too") from None
         raise
+    except KeyboardInterrupt:
+        if is_first():
+            raise
+        raise SystemExit(130) from None
     # Not after a failure: the others may wait for this process, and it would wait for them.
     dist.destroy_process_group()
 
@@ -169,6 +173,18 @@ def broadcast(obj: T) -> T:
     return told[0]
 
 
+def spread(tensors: Iterable[torch.Tensor]) -> None:
+    """Overwrite the tensors of all processes by the first one's."""
+    if world_size() == 1:
+        return
+    import torch.distributed as dist
+
+    for tensor in tensors:
+        sent = tensor.detach().contiguous()
+        dist.broadcast(sent, src=0)
+        tensor.detach().copy_(sent)
+
+
 def total(tensor: torch.Tensor) -> torch.Tensor:
     """Add up the tensors of all processes, in place; without gradient."""
     if world_size() > 1:
@@ -229,12 +245,42 @@ def together(what: Callable[[], T]) -> T:
     return result
 
 
-def by_first(what: Callable[[], Any]) -> None:
-    """Let the first process do something by itself while the others wait; raises on all if it fails."""
+def by_first(what: Callable[[], T]) -> T:
+    """Return what() of the first process on all; the others wait, and do not do it. Raises as `agree` does.
 
-    def act() -> None:
-        if is_first():
-            with alone():
-                what()
+    >>> by_first(lambda: 2)
+    2
+    """
 
-    together(act)
+    def act() -> Any:
+        if not is_first():
+            return None
+        with alone():
+            return what()
+
+    return broadcast(together(act))
+
+
+class Tally:
+    """A count that all processes share and none waits for; they make theirs in the same order.
+
+    >>> tally = Tally()
+    >>> tally.add(2), tally.add(3)
+    (2, 5)
+    """
+
+    _made = 0
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.name = f"fourierbias/tally/{Tally._made}"
+        Tally._made += 1
+
+    def add(self, amount: int) -> int:
+        """Add to the count, and return it as it stands."""
+        if world_size() > 1:
+            import torch.distributed as dist
+
+            return dist.distributed_c10d._get_default_store().add(self.name, amount)
+        self.count += amount
+        return self.count

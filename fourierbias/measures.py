@@ -17,7 +17,7 @@ import contextlib
 import inspect
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from .errors import FourierBiasError
 from .models.reparam import ReparamConv2d
 from .probes import Form, Layer, Recorder, _is_attention
-from .store import CapturedLayer
 
 ATTENTION_MEASURES = ("attention_distance", "head_diversity", "gate", "content_share")
 
@@ -289,8 +288,8 @@ class AttentionRecorder:
         attrs |= {"gate": {"share_of": " and ".join(gates)}, "content_share": {"share_of": "content"}}
         return attrs
 
-    def missing(self, layers: Mapping[str, CapturedLayer]) -> dict[str, str]:
-        """Why measures asked for are on none of the captured ``layers``: {measure: reason}."""
+    def missing(self, present: set[str]) -> dict[str, str]:
+        """Why measures asked for are not ``present`` on any captured layer: {measure: reason}."""
         reasons = dict.fromkeys(_OF_GATES, "no attention of this model has a gate")
         reasons |= dict.fromkeys(_OF_MAPS, "this model has no attention")
         if self.stride:
@@ -300,7 +299,7 @@ class AttentionRecorder:
             reasons |= dict.fromkeys(_OF_MAPS, f"no attention could be read (first: {name}: {reason})")
         if self.gate_of:
             reasons |= dict.fromkeys(_OF_GATES, "no captured layer holds a gated attention")
-        absent = self.measures - {measure for layer in layers.values() for measure in layer.measures}
+        absent = self.measures - present
         return {name: reasons[name] for name in ATTENTION_MEASURES if name in absent}
 
     def _hooked(self, handle: torch.utils.hooks.RemovableHandle) -> None:

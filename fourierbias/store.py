@@ -153,6 +153,7 @@ class Capture(Mapping[str, Spectrum]):
             with h5py.File(self.file, "r") as handle:
                 dataset = handle["layers"][name].get("feature_maps")
                 if dataset is not None:
+                    _check_references(dataset, self.file)
                     return dataset[()]
         raise FourierBiasError(f"the maps of {name} were not stored: capture with --features and an output")
 
@@ -167,71 +168,12 @@ class Capture(Mapping[str, Spectrum]):
         return self._with(layers, self.path)
 
 
-class Writer:
-    """The file being written, beside its final name; maps stream in, `finish` adds the rest and renames.
-
-    Raises `FourierBiasError` at once when the place cannot be written or holds a file already.
-    """
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        overwrite: bool = False,
-        feature_dtype: str = "float16",
-        compression: str = "gzip",
-    ) -> None:
-        if feature_dtype not in ("float16", "float32"):
-            raise FourierBiasError(f"feature dtype {feature_dtype!r} is not known: use float16 or float32")
-        if compression not in COMPRESSIONS:
-            raise FourierBiasError(
-                f"compression {compression!r} is not known: choose from {', '.join(COMPRESSIONS)}"
-            )
-        self.path = checked_output(path, overwrite=overwrite)
-        self.partial = self.path.with_name(self.path.name + ".partial")
-        self.feature_dtype = feature_dtype
-        self.compression = None if compression == "none" else compression
-        try:
-            self._file = h5py.File(self.partial, "w", track_order=True)
-        except OSError as error:
-            raise FourierBiasError(f"cannot write {self.path}: {_reason(error)}") from None
-
-    def append_maps(self, name: str, maps: np.ndarray) -> None:
-        """Add the maps (B, C, H, W) of one batch to layer ``name``; chunked by image."""
-        group = self._file.require_group("layers").require_group(name)
-        if "feature_maps" not in group:
-            group.create_dataset(
-                "feature_maps",
-                shape=(0, *maps.shape[1:]),
-                maxshape=(None, *maps.shape[1:]),
-                chunks=(1, *maps.shape[1:]),
-                dtype=self.feature_dtype,
-                compression=self.compression,
-                compression_opts=1 if self.compression == "gzip" else None,
-                shuffle=self.compression is not None,
-            )
-        dataset = group["feature_maps"]
-        dataset.resize(len(dataset) + len(maps), axis=0)
-        dataset[-len(maps) :] = maps
-
-    def finish(self, capture: Capture) -> Capture:
-        """Write everything else and give the file its final name; returns the capture, knowing its file."""
-        try:
-            _write(self._file, capture)
-            self._file.attrs["complete"] = True
-            self._file.close()
-            _seal(self.partial)
-            os.replace(self.partial, self.path)
-        except OSError as error:
-            raise FourierBiasError(f"cannot write {self.path}: {_reason(error)}") from None
-        capture.file = self.path
-        return capture
-
-    def abandon(self) -> None:
-        """Close and remove what was written so far."""
-        with contextlib.suppress(Exception):
-            self._file.close()
-        self.partial.unlink(missing_ok=True)
+def _check_references(dataset: h5py.Dataset, file: Path) -> None:
+    """`FourierBiasError` if maps are in other files that are gone: HDF5 would read zeros."""
+    for source in dataset.virtual_sources() if dataset.is_virtual else ():
+        path = file.resolve().parent / source.file_name.replace("%%", "%")
+        if not path.is_file():
+            raise FourierBiasError(f"{path} is gone, in which {file} has feature maps: put it back there")
 
 
 def append_series(path: str | os.PathLike[str], epoch: int, capture: Capture) -> None:
@@ -249,18 +191,18 @@ def append_series(path: str | os.PathLike[str], epoch: int, capture: Capture) ->
             handle.attrs.update({"format": SERIES_FORMAT, "format_version": FORMAT_VERSION})
             for number in sorted(series):
                 group = handle.create_group(f"epochs/{number:06d}", track_order=True)
-                _write(group, series[number])
+                write_capture(group, series[number])
                 group.attrs["complete"] = True
-        _seal(partial)
+        seal(partial)
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise FourierBiasError(f"cannot write {path}: {_reason(error)}") from None
+        raise FourierBiasError(f"cannot write {path}: {reason_of(error)}") from None
 
 
 def load_series(path: str | os.PathLike[str]) -> list[tuple[int, Capture]]:
     """Read a file of captures through training: (epoch, capture) in order; errors as of `load`."""
-    with _opened(path) as handle:
+    with opened(path) as handle:
         if handle.attrs.get("format") != SERIES_FORMAT:
             raise FourierBiasError(f"{path} holds no captures through training: make one with train --probe")
         return [(int(name), _read(group, None, path)) for name, group in sorted(handle["epochs"].items())]
@@ -268,7 +210,7 @@ def load_series(path: str | os.PathLike[str]) -> list[tuple[int, Capture]]:
 
 def is_series(path: str | os.PathLike[str]) -> bool:
     """Whether a file holds captures through training; errors as of `load`."""
-    with _opened(path) as handle:
+    with opened(path) as handle:
         return handle.attrs.get("format") == SERIES_FORMAT
 
 
@@ -292,12 +234,12 @@ def load(path: str | os.PathLike[str]) -> Capture:
 
     Raises `FourierBiasError` when the file is missing, not HDF5, not ours, or unfinished.
     """
-    with _opened(path) as handle:
+    with opened(path) as handle:
         return _read(handle, Path(path), path)
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
+def opened(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
     """The file open for reading; whatever is wrong with it becomes one line."""
     if not Path(path).is_file():
         raise FourierBiasError(f"no file {path}: make one with 'fourierbias capture MODEL -o {path}'")
@@ -310,7 +252,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[h5py.File]:
     except FourierBiasError:
         raise
     except _UNREADABLE as error:
-        raise FourierBiasError(f"{path} is not a readable fourierbias file: {_reason(error)}") from None
+        raise FourierBiasError(f"{path} is not a readable fourierbias file: {reason_of(error)}") from None
 
 
 # What h5py and the reading below raise for contents that are not as they were written.
@@ -326,8 +268,8 @@ _UNREADABLE = (
 )
 
 
-def _seal(path: Path) -> None:
-    """Append the hash of a file to it."""
+def seal(path: Path) -> None:
+    """Append the hash of a file to it, unless it is large."""
     if path.stat().st_size > _SEALED_BYTES:
         return
     with open(path, "r+b") as file:
@@ -356,7 +298,8 @@ def _is_intact(path: str, size: int, modified: int) -> bool:
     return digest.hexdigest() == seal[1].decode()
 
 
-def _write(handle: h5py.Group, capture: Capture) -> None:
+def write_capture(handle: h5py.Group, capture: Capture) -> None:
+    """Put all of a capture but its maps into a file or a group."""
     attrs = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -475,18 +418,19 @@ def _read(handle: h5py.Group, file: Path | None, path: str | os.PathLike[str]) -
         )
     if not attrs.get("complete"):
         raise FourierBiasError(f"{path} is unfinished: capture again, or go on with --resume")
-    layers = {name: _read_layer(group) for name, group in _layer_groups(handle["layers"])}
+    layers = {name: _read_layer(group) for name, group in layer_groups(handle["layers"])}
     layers = dict(sorted(layers.items(), key=lambda item: item[1].attrs["index"]))
-    images = [name.decode() for name in handle["images/name"][()]]
+    images = [as_text(name) for name in handle["images/name"][()]]
     labels = None
     if "images/label" in handle:
-        labels = [label.decode() for label in handle["images/label"][()]]
+        labels = [as_text(label) for label in handle["images/label"][()]]
     for key in ("format", "format_version", "NX_class", "default", "complete"):
         attrs.pop(key, None)
     return Capture(attrs, layers, images=images, labels=labels, file=file)
 
 
-def _layer_groups(layers: h5py.Group) -> Iterator[tuple[str, h5py.Group]]:
+def layer_groups(layers: h5py.Group) -> Iterator[tuple[str, h5py.Group]]:
+    """The groups of layers, by name."""
     for name, group in layers.items():
         if isinstance(group, h5py.Group):
             yield name, group
@@ -579,6 +523,11 @@ def _plain(value: Any) -> Any:
     return json.dumps(value, default=str)
 
 
+def as_text(value: bytes) -> str:
+    """A string as HDF5 keeps it."""
+    return value.decode()
+
+
 def _from_plain(value: Any) -> Any:
     if isinstance(value, bytes):
         value = value.decode()
@@ -590,5 +539,6 @@ def _from_plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
+    """The first line of what an exception says."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -31,7 +31,8 @@ from fourierbias.figures import (
     unique_names,
 )
 from fourierbias.spectra import spectrum
-from fourierbias.store import Capture, CapturedLayer, Measure, Writer
+from fourierbias.store import Capture, CapturedLayer, Measure
+from fourierbias.writing import Writer
 
 
 @pytest.fixture(autouse=True)
@@ -533,7 +534,8 @@ def test_names_are_short_and_unique(captures, names):
 
 def test_files_are_read_and_named_by_their_stems(tmp_path):
     for name in ("before", "after"):
-        Writer(tmp_path / f"{name}.h5").finish(make_capture(grids=(8, 4), weights=""))
+        with Writer(tmp_path / f"{name}.h5") as writer:
+            writer.finish(make_capture(grids=(8, 4), weights=""))
     figure = plot([tmp_path / "before.h5", str(tmp_path / "after.h5")])
     assert [ax.get_title() for ax in figure.axes[:2]] == ["net, before", "net, after"]
     assert plot(tmp_path / "before.h5").axes[0].lines

@@ -7,7 +7,8 @@ import fourierbias
 from fourierbias import FourierBiasError
 from fourierbias.accumulate import Moments
 from fourierbias.spectra import MapReducer, make_spectrum
-from fourierbias.store import Capture, CapturedLayer, Measure, Writer, load
+from fourierbias.store import Capture, CapturedLayer, Measure, load
+from fourierbias.writing import Writer
 
 PATHS = ("diagonal", "horizontal", "radial", "2d")
 
@@ -42,7 +43,8 @@ def make_capture():
 
 
 def write(path, capture, **options):
-    return Writer(path, **options).finish(capture)
+    with Writer(path, **options) as writer:
+        return writer.finish(capture)
 
 
 def test_a_file_gives_back_what_was_captured(tmp_path):
@@ -90,52 +92,6 @@ def test_other_programs_find_a_curve(tmp_path):
         assert group["log_amplitude_2d"].shape == (4, 6)
         assert group["radial/log_amplitude"].shape == (3,)
         assert group["feature_variance"].shape == ()
-
-
-def test_maps_stream_in_and_come_out(tmp_path):
-    capture = make_capture()
-    writer = Writer(tmp_path / "a.h5")
-    maps = torch.randn(5, 3, 8, 8).numpy()
-    writer.append_maps("stem", maps[:2])
-    writer.append_maps("stem", maps[2:])
-    result = writer.finish(capture)
-    np.testing.assert_allclose(result.feature_maps("stem"), maps, atol=2e-3)
-    assert result.feature_maps("stem").dtype == np.float16
-    with pytest.raises(FourierBiasError, match="--features"):
-        result.feature_maps("blocks.0:attn")
-    with pytest.raises(FourierBiasError, match="no layer 'x'"):
-        result.feature_maps("x")
-
-
-@pytest.mark.parametrize("compression", ["gzip", "lzf", "none"])
-def test_compressions_are_lossless_in_float32(tmp_path, compression):
-    writer = Writer(tmp_path / "a.h5", feature_dtype="float32", compression=compression)
-    maps = torch.randn(2, 3, 8, 8).numpy()
-    writer.append_maps("stem", maps)
-    np.testing.assert_array_equal(writer.finish(make_capture()).feature_maps("stem"), maps)
-
-
-def test_the_final_name_appears_only_when_the_file_is_whole(tmp_path):
-    writer = Writer(tmp_path / "a.h5")
-    writer.append_maps("stem", np.zeros((1, 3, 8, 8)))
-    assert not (tmp_path / "a.h5").exists()
-    writer.abandon()
-    assert not list(tmp_path.iterdir())
-    write(tmp_path / "a.h5", make_capture())
-    assert [path.name for path in tmp_path.iterdir()] == ["a.h5"]
-
-
-def test_outputs_are_checked_before_any_work(tmp_path):
-    write(tmp_path / "a.h5", make_capture())
-    with pytest.raises(FourierBiasError, match=r"exists.*--overwrite"):
-        Writer(tmp_path / "a.h5")
-    write(tmp_path / "a.h5", make_capture(), overwrite=True)
-    with pytest.raises(FourierBiasError, match="does not exist: create it"):
-        Writer(tmp_path / "no" / "a.h5")
-    with pytest.raises(FourierBiasError, match="is a folder"):
-        Writer(tmp_path)
-    with pytest.raises(FourierBiasError, match="float16 or float32"):
-        Writer(tmp_path / "b.h5", feature_dtype="int8")
 
 
 def spoil(path, change):
