@@ -24,7 +24,7 @@ import h5py
 import numpy as np
 
 from ._version import __version__
-from .errors import FourierBiasError
+from .errors import FourierBiasError, cannot_write
 from .spectra import LINES, PATHS, Spectrum
 
 FORMAT = "fourierbias"
@@ -197,7 +197,7 @@ def append_series(path: str | os.PathLike[str], epoch: int, capture: Capture) ->
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise FourierBiasError(f"cannot write {path}: {reason_of(error)}") from None
+        raise cannot_write(path, error) from None
 
 
 def load_series(path: str | os.PathLike[str]) -> list[tuple[int, Capture]]:

@@ -8,11 +8,9 @@ state speaks of.  The files of rank 1 of 4 are called ``out.h5.1of4.state`` and 
 from __future__ import annotations
 
 import contextlib
-import errno
 import glob
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -20,11 +18,9 @@ import h5py
 import numpy as np
 from filelock import FileLock, Timeout
 
-from .errors import FourierBiasError
+from .errors import FourierBiasError, cannot_write
 from .parts import Part
-from .store import COMPRESSIONS, Capture, checked_output, layer_groups, opened, reason_of, seal, write_capture
-
-_NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+from .store import COMPRESSIONS, Capture, checked_output, layer_groups, opened, seal, write_capture
 
 
 class Writer:
@@ -67,7 +63,7 @@ class Writer:
                 f"another capture is writing {self.path}: wait for it, or choose another output"
             ) from None
         except OSError as error:
-            raise FourierBiasError(f"cannot write {self.path}: {reason_of(error)}") from None
+            raise cannot_write(self.path, error) from None
         self._file: h5py.File | None = None
         try:
             self._clear(resume, overwrite)
@@ -248,34 +244,12 @@ class Writer:
 
     @contextlib.contextmanager
     def _room(self) -> Iterator[None]:
-        """Whatever goes wrong with writing becomes one line; for want of room it says how much there is."""
+        """Whatever goes wrong with writing becomes one line."""
         try:
             yield
         except (OSError, RuntimeError) as error:
-            message = f"cannot write {self.path}: {reason_of(error)}"
-            if _wants_room(error):
-                free = shutil.disk_usage(self.path.parent).free
-                needed = f"about {_size(self.bytes_needed)}" if self.bytes_needed else "a few megabytes"
-                kept = "; what was saved is kept, --resume goes on with it" if self.state.exists() else ""
-                message = (
-                    f"no room to write {self.path}: it needs {needed}, {_size(free)} are free in "
-                    f"{self.path.parent.resolve()}{kept}"
-                )
-            raise FourierBiasError(message) from None
-
-
-def _wants_room(error: BaseException) -> bool:
-    """Whether an error is of a full disk, a quota or a limit on files; HDF5 says so in its text only."""
-    number = getattr(error, "errno", None)
-    return number in _NO_ROOM or any(f"errno = {code}," in str(error) for code in _NO_ROOM)
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
+            kept = "; what was saved is kept, --resume goes on with it" if self.state.exists() else ""
+            raise cannot_write(self.path, error, self.bytes_needed, kept) from None
 
 
 def _assemble(target: h5py.File, paths: Sequence[Path], *, virtual: bool) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .._version import __version__
-from ..errors import FourierBiasError
+from ..errors import FourierBiasError, cannot_write
 
 FORMAT = "fourierbias"
 FORMAT_VERSION = 1
@@ -64,8 +64,7 @@ def write_atomic(path: str | os.PathLike, data: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        need = f"; {len(data) / 1e6:.1f} MB are needed" if len(data) > 1e5 else ""
-        raise FourierBiasError(f"cannot write {path}: {error.strerror}{need}") from None
+        raise cannot_write(path, error, len(data)) from None
 
 
 def save_torch(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
