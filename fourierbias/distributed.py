@@ -7,8 +7,10 @@ torch is imported when there is somebody to talk to.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -91,20 +93,28 @@ def session() -> Iterator[None]:
     if on_gpu:
         torch.cuda.set_device(local)
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
+    failed = True
     try:
         yield
+        failed = False
+    except SystemExit:
+        failed = False
+        raise
+    except KeyboardInterrupt:  # which all of them have had
+        if is_first():
+            raise
+        raise SystemExit(130) from None
     except Exception as error:
+        traceback.clear_frames(error.__traceback__)  # they may refer to the process group, see below
         if not _is_first_to_fail():
             raise SystemExit(2) from None
         if _is_lost_connection(error):
             raise FourierBiasError("another process of this run has ended, so this one ends too") from None
         raise
-    except KeyboardInterrupt:
-        if is_first():
-            raise
-        raise SystemExit(130) from None
-    # Not after a failure: the others may wait for this process, and it would wait for them.
-    dist.destroy_process_group()
+    finally:
+        if not (failed and on_gpu):  # NCCL would wait for the others, who may be waiting for this one
+            gc.collect()  # the group's threads end when nothing refers to it, and must before the interpreter
+            dist.destroy_process_group()
 
 
 def _is_first_to_fail() -> bool:

@@ -9,7 +9,9 @@ import random
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,12 +168,18 @@ def plan_epoch(count: int, batch_size: int, seed: int, epoch: int) -> list[torch
     return list(order[: len(order) // size * size].split(size))
 
 
-def share(batch: torch.Tensor, rank: int, world_size: int) -> torch.Tensor:
+def share(batch: torch.Tensor, rank: int, world_size: int, *, pairs: bool = False) -> torch.Tensor:
     """Return the part of a global batch (first dimension) that belongs to one rank.
 
-    >>> share(torch.arange(6), 1, 3).tolist()
-    [2, 3]
+    With ``pairs`` an entry is always together with its mirror image in the batch, as Mixup wants it, which
+    mixes the first with the last and so on: a part that is mixed is then a part of the mixed batch.
+
+    >>> share(torch.arange(6), 1, 3).tolist(), share(torch.arange(6), 1, 3, pairs=True).tolist()
+    ([2, 3], [1, 4])
     """
+    if pairs:
+        part = share(torch.arange(len(batch) // 2), rank, world_size)
+        return batch[torch.cat([part, len(batch) - 1 - part.flip(0)])]
     return batch.tensor_split(world_size)[rank]
 
 
@@ -194,18 +202,21 @@ def training_batches(
     flip: bool = True,
     rank: int = 0,
     world_size: int = 1,
+    pairs: bool = False,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield (images (B, 3, S, S) float32 normalised, labels (B,)) of the planned batches from ``start`` on.
 
     Images in memory are augmented in batches (`augment`); those read on demand by timm's training transform.
+    Of every batch a rank gets its `share`.
     """
+    own = partial(share, rank=rank, world_size=world_size, pairs=pairs)
     if split.pixels is None:
         dataset = ImageFiles(split, training=True, flip=flip)
         keys = [
             [
                 (step_seed(seed, epoch, step) + i, int(plan[step][i]))
-                for i in share(torch.arange(len(plan[step])), rank, world_size).tolist()
+                for i in own(torch.arange(len(plan[step]))).tolist()
             ]
             for step in range(start, len(plan))
         ]
@@ -215,8 +226,8 @@ def training_batches(
     for step in range(start, len(plan)):
         generator = torch.Generator().manual_seed(step_seed(seed, epoch, step))
         moves = draw_moves(len(plan[step]), split.pixels.shape[-1], flip, generator)
-        moves = [share(move, rank, world_size).to(device) for move in moves]
-        indices = share(plan[step], rank, world_size).to(split.pixels.device)
+        moves = [own(move).to(device) for move in moves]
+        indices = own(plan[step]).to(split.pixels.device)
         images = augment(split.pixels[indices].to(device).float(), *moves)
         yield images.sub_(mean).div_(std), split.labels[indices.cpu()].to(device)
 
@@ -381,7 +392,8 @@ def load_cifar(name: str, preprocessing: dict[str, Any]) -> tuple[Split, Split, 
     for training in (True, False):
         try:
             root.mkdir(parents=True, exist_ok=True)
-            dataset = dataset_class(str(root), train=training, download=True)
+            with locked(root):
+                dataset = dataset_class(str(root), train=training, download=True)
         except (OSError, RuntimeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise FourierBiasError(
@@ -399,6 +411,17 @@ def load_cifar(name: str, preprocessing: dict[str, Any]) -> tuple[Split, Split, 
         names = [f"{i:05d}" for i in range(len(pixels))]
         splits.append(Split(torch.tensor(dataset.targets), names, preprocessing, pixels=pixels.contiguous()))
     return splits[0], splits[1], list(dataset.classes)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes waiting that would download into ``folder``, where the system has such locks."""
+    with open(folder / ".lock", "w") as file:
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def list_folder(

@@ -83,7 +83,6 @@ class LearnerEma(ModelEmaV3):
             average[i].copy_(current[i])
 
 
-@torch.no_grad()
 def evaluate(
     network: nn.Module,
     data: Data | Split,
@@ -99,11 +98,33 @@ def evaluate(
     """
     split = data.evaluation if isinstance(data, Data) else data
     device = torch.device(device or next(network.parameters()).device)
+    return means(evaluation_sums(network, split, device, dtype=dtype, batch_size=batch_size))
+
+
+def means(sums: Tensor) -> dict[str, float]:
+    """Return what `evaluate` does, from the sums (correct, loss, images) over all of the images."""
+    correct, loss, count = sums.tolist()
+    return {"accuracy": correct / count, "loss": loss / count}
+
+
+@torch.no_grad()
+def evaluation_sums(
+    network: nn.Module,
+    split: Split,
+    device: torch.device,
+    *,
+    dtype: torch.dtype | None = None,
+    batch_size: int = 500,
+) -> Tensor:
+    """Return the number of correct answers, the sum of losses and the number of images, (3,) in float64.
+
+    Those of parts of a split add up to those of the whole; computed as `evaluate` says.
+    """
     training = network.training
     network.to(device).eval()
     correct = loss = count = 0.0
     try:
-        for images, labels in evaluation_batches(split, batch_size, device):
+        for images, labels in evaluation_batches(split, batch_size, device) if len(split) else ():
             with autocast(device, dtype):
                 logits = network(images).float()
             if logits.shape[1] <= int(labels.max()):
@@ -115,7 +136,7 @@ def evaluate(
             count += len(labels)
     finally:
         network.train(training)
-    return {"accuracy": correct / count, "loss": loss / count}
+    return torch.tensor([correct, loss, count], dtype=torch.float64)
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> Any:

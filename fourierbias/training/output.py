@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..distributed import world_size
 from ..errors import FourierBiasError
 from ..models.checkpoint import write_atomic
 
@@ -94,7 +95,10 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """Within this context Ctrl-C and SIGTERM set an event; a second Ctrl-C interrupts at once."""
+    """Within this context Ctrl-C and SIGTERM set an event; a second Ctrl-C interrupts at once.
+
+    Not so with several processes: their launcher may pass on a Ctrl-C that they have had already.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -102,7 +106,8 @@ def stop_signals() -> Iterator[threading.Event]:
 
     def ask(number: int, frame: Any) -> None:
         stop.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if world_size() == 1:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -14,11 +14,13 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
+from ..distributed import agree, broadcast, by_first, rank, spread, total, world_size
 from ..errors import FourierBiasError
 from ..models.checkpoint import Checkpoint, built_from, load_torch, save_torch
 from ..models.reparam import attention_statistics, reparam_layers
-from .data import Data, evaluation_batches, plan_epoch, step_seed, training_batches
-from .learner import Learner, LearnerEma, autocast, evaluate, fit_machine, logits_of
+from .data import Data, Split, evaluation_batches, plan_epoch, share, step_seed, training_batches
+from .learner import Learner, LearnerEma, autocast, evaluation_sums, fit_machine, logits_of, means
+from .parallel import LossFunction, global_batch_norm, global_loss
 from .recipe import Recipe
 
 MAY_DIFFER = {"save_every"}  # settings that a resumed training may change: they leave the result as it is
@@ -27,7 +29,8 @@ MAY_DIFFER = {"save_every"}  # settings that a resumed training may change: they
 class Run:
     """All that changes while training, with the steps of the loop as methods.
 
-    ``epoch`` and ``step`` say what comes next; ``history`` holds the log's rows of finished epochs.
+    ``epoch`` and ``step`` say what comes next; ``history`` holds the log's rows of finished epochs. With
+    several processes each has a run of its own, and all are the same but for their share of each batch.
     """
 
     def __init__(self, learner: Learner, data: Data, recipe: Recipe, device: torch.device) -> None:
@@ -41,7 +44,8 @@ class Run:
         self.sums: dict[str, Tensor] = {}
         self.seconds = 0.0
         self.best = -1.0
-        self.steps_per_epoch = len(plan_epoch(len(data.train), recipe.batch_size, recipe.seed, 0))
+        plan = plan_epoch(len(data.train), recipe.batch_size, recipe.seed, 0)
+        self.steps_per_epoch = len(plan)
         fit_machine(learner, device, self.dtype)
         options = {"fused": True} if recipe.opt == "adamw" else {}
         self.optimizer = create_optimizer_v2(
@@ -53,7 +57,13 @@ class Run:
         # Smoothing is the loss's, the same for mixed and plain targets.
         mixing = {"mixup_alpha": recipe.mixup, "cutmix_alpha": recipe.cutmix, "label_smoothing": 0.0}
         self.mixup = Mixup(**mixing, num_classes=len(data.classes)) if mixes else None
+        if len(share(plan[0], world_size() - 1, world_size(), pairs=mixes)) == 0:
+            raise FourierBiasError(
+                f"a batch of {len(plan[0])} images cannot be shared by {world_size()} processes; "
+                "use a larger batch size or fewer processes"
+            )
         self.schedule = self.new_schedule()
+        self.global_loss: LossFunction | None = None
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -116,6 +126,14 @@ class Run:
         fixed = self.data.evaluation.take(torch.arange(min(64, len(self.data.evaluation))))
         return next(evaluation_batches(fixed, device=self.device))[0]
 
+    @cached_property
+    def own_evaluation(self) -> Split:
+        """The share of the evaluation images that falls to this process."""
+        whole = self.data.evaluation
+        return (
+            whole if world_size() == 1 else whole.take(share(torch.arange(len(whole)), rank(), world_size()))
+        )
+
     # ------------------------------------------------------------------------------------------ training
 
     def run_epoch(self, after_step: Sequence[Callable[["Run"], None]]) -> None:
@@ -123,6 +141,7 @@ class Run:
         recipe = self.recipe
         plan = plan_epoch(len(self.data.train), recipe.batch_size, recipe.seed, self.epoch)
         self.learner.train()
+        self.global_loss = self.global_loss or global_loss(self.learner)
         batches = training_batches(
             self.data.train,
             plan,
@@ -130,6 +149,9 @@ class Run:
             epoch=self.epoch,
             start=self.step,
             flip=recipe.flip,
+            rank=rank(),
+            world_size=world_size(),
+            pairs=self.mixup is not None,
             device=self.device,
         )
         started = time.perf_counter()
@@ -146,26 +168,38 @@ class Run:
         """Take one step of the optimiser. All that is random in it follows from (seed, epoch, step)."""
         number = self.updates_done
         seed = step_seed(self.recipe.seed, self.epoch, self.step)
-        torch.manual_seed(seed + 1)  # another stream than the augmentation's
-        np.random.seed(seed % 2**32)  # Mixup draws from numpy's global state
+        torch.manual_seed(
+            seed + 1 + rank()
+        )  # another stream than the augmentation's, and one for each process
+        np.random.seed(seed % 2**32)  # Mixup draws from numpy's global state, the same on every process
         self.scheduler.step_update(number)
         if self.mixup is not None:
             images, targets = self.mixup(images, targets)
-        with autocast(self.device, self.dtype):
-            loss, metrics = self.learner.loss(images, targets, self.epoch / self.recipe.epochs)
-        if (self.device.type == "cpu" or self.step % 16 == 0) and not torch.isfinite(loss):
+        with autocast(self.device, self.dtype), global_batch_norm():
+            loss, metrics = self.global_loss(images, targets, self.epoch / self.recipe.epochs)
+        sums = self.global_sums({"loss": loss, **metrics}, len(images))
+        if (self.device.type == "cpu" or self.step % 16 == 0) and not torch.isfinite(sums["loss"]):
             raise FourierBiasError(
-                f"the loss is {loss.item()} in epoch {self.epoch + 1}, step {self.step + 1}; "
-                "use a lower learning rate or amp float32"
+                f"the loss is {(sums['loss'] / sums['images']).item()} in epoch {self.epoch + 1}, "
+                f"step {self.step + 1}; use a lower learning rate or amp float32"
             )
-        loss.backward()
+        # Gradients are averaged over processes: each counts by its share of the batch, a single one by 1.
+        weight = len(images) * world_size() / sums["images"]
+        (loss * weight.to(loss.dtype)).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.learner, step=number + 1)
-        for name, value in {"loss": loss, **metrics, "images": len(images)}.items():
-            value = torch.as_tensor(value, dtype=torch.float64, device=self.device).detach()
-            weight = 1 if name == "images" else len(images)
-            self.sums[name] = self.sums.get(name, 0.0) + value * weight
+        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in sums.items()}
+
+    def global_sums(self, batch_means: Mapping[str, Any], count: int) -> dict[str, Tensor]:
+        """Return means over ``count`` images as sums over the global batch, and its number of ``images``."""
+        values = [
+            torch.as_tensor(value, dtype=torch.float64, device=self.device).detach() * count
+            for value in batch_means.values()
+        ]
+        number = torch.full((), count, dtype=torch.float64, device=self.device)
+        sums = total(torch.stack([*values, number]))
+        return dict(zip([*batch_means, "images"], sums.unbind(), strict=True))
 
     def switch(self, names: Sequence[str]) -> None:
         """Make convolutions attention, with parameters of their own in the optimiser and in the average."""
@@ -188,6 +222,7 @@ class Run:
         self.scheduler = self.new_scheduler()
         self.ema = self.new_ema()
         self.ema.module.load_state_dict({**self.learner.state_dict(), **before})
+        self.close()  # parameters have come in
         self.switched.append(list(names))
 
     def switch_due(self) -> None:
@@ -220,7 +255,7 @@ class Run:
         for suffix, network in self.networks.items():
             # What the checkpoint states is measured in float32, as anyone who recomputes it will do.
             dtype = None if last else self.dtype
-            found = evaluate(network, self.data, self.device, dtype=dtype) if evaluated else {}
+            found = self.evaluate(network, dtype) if evaluated else {}
             prefix = f"{suffix}_" if suffix else ""
             row |= {f"{prefix}test_{name}": found.get(name, "") for name in ("loss", "accuracy")}
         row["lr"] = self.optimizer.param_groups[0]["lr"]
@@ -231,6 +266,10 @@ class Run:
             self.layer_history += layer_rows(self.epoch + 1, self.networks[""], self.fixed_images)
         self.epoch, self.step, self.sums, self.seconds = self.epoch + 1, 0, {}, 0.0
         return self.history[-1]
+
+    def evaluate(self, network: nn.Module, dtype: torch.dtype | None) -> dict[str, float]:
+        """Return accuracy and loss on the evaluation images, of which each process sees its share."""
+        return means(total(evaluation_sums(network, self.own_evaluation, self.device, dtype=dtype)))
 
     def checkpoint(self, suffix: str) -> Checkpoint:
         """Return the averaged network of that suffix as it is now."""
@@ -258,6 +297,21 @@ class Run:
 
     # -------------------------------------------------------------------------------------------- state
 
+    def close(self) -> None:
+        """Let go of what connects this process with the others."""
+        self.global_loss = None
+
+    def follow_first(self) -> None:
+        """Start from the first process's weights; FourierBiasError if another has other data or settings."""
+        own, first = self.identity(), broadcast(self.identity())
+        other = [key for key in own if own[key] != first.get(key)]
+        agree(
+            FourierBiasError(f"processes must be given the same, they differ in {other[0]}")
+            if other
+            else None
+        )
+        spread([*self.learner.state_dict().values(), *self.ema.module.state_dict().values()])
+
     def identity(self) -> dict[str, Any]:
         """Return what a resumed training must have in common with the interrupted one."""
         recipe = {**self.recipe.as_dict(), "learner": self.learner_record, "data": self.data.description}
@@ -280,8 +334,8 @@ class Run:
         )
 
     def load_state(self, path: Path) -> None:
-        """Go back to a saved state; FourierBiasError if it is of another training."""
-        state = load_torch(path, "training state")
+        """Go back to a state that the first process has; FourierBiasError if it is of another training."""
+        state = by_first(lambda: load_torch(path, "training state"))
         if state.get("format") != "fourierbias-state":
             raise FourierBiasError(f"{path} is no training state; --overwrite starts anew")
         compare_identity(path, state["identity"], self.identity())

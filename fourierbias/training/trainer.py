@@ -7,6 +7,7 @@ stopped at any moment, killed too, and goes on to the same bits on a CPU: see `d
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from timm.data import resolve_data_config, resolve_model_data_config
 from timm.models import get_pretrained_cfg
 from torch import nn
 
+from ..distributed import anyone, by_first, is_first, local_device, together, world_size
 from ..errors import FourierBiasError
 from ..models.checkpoint import check_arch, create, read_checkpoint, save_checkpoint
 from .data import Data, load_data, step_seed
@@ -83,49 +85,67 @@ def train(
     (0 before the first) and the averaged networks; after a kill that may be the same epoch again. ``half``
     stores the checkpoints' weights in half precision. Sets torch's and numpy's random state.
 
+    Within `distributed.session` several processes train together, all calling this with the same arguments.
+    The recipe's batch is then that of all of them; the first process says and writes what there is to, and
+    calls ``on_epoch_end``; ``on_step`` are called on each.
+
     Raises FourierBiasError for bad input and for a loss that is not finite; TrainingInterruptedError after
     Ctrl-C, with the state saved.
     """
     recipe = recipe or Recipe()
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    console = Console(stderr=True, quiet=not progress)
-    files = Files(output_path(model if isinstance(model, str) else type(model).__name__.lower(), output))
-    check_output(files, resume, overwrite)
-    run = set_up(model, data, recipe, dict(model_args or {}), recast, learner, device, console)
-    if resume and files.state.exists():
+    console = Console(stderr=True, quiet=not (progress and is_first()))
+    name = model if isinstance(model, str) else type(model).__name__.lower()
+    files = by_first(lambda: files_of(name, output, resume, overwrite))
+    arguments = (model, data, recipe, dict(model_args or {}), recast, learner, device, console)
+    run = together(lambda: set_up(*arguments))
+    run.follow_first()
+    if resume and by_first(files.state.exists):
         run.load_state(files.state)
         say(console, f"going on from {files.state}: epoch {run.epoch + 1}, step {run.step + 1}")
-    elif resume and files.checkpoint.exists():
-        return finished(files, run)
-    files.clear(overwrite)
+    elif resume and by_first(files.checkpoint.exists):
+        return by_first(lambda: finished(files, run))
+    by_first(lambda: files.clear(overwrite))
     if run.schedule is not None:
         say(console, run.schedule.table())
     if run.updates_done == 0:
-        call_all(on_epoch_end, run)
+        by_first(lambda: call_all(on_epoch_end, run))
 
-    with stop_signals() as stop, progress_bar(console, run.updates, run.updates_done) as show:
+    bar = progress_bar(console, run.updates, run.updates_done)
+    with closing(run), stop_signals() as stop, bar as show:
         while run.epoch < recipe.epochs:
             run.switch_due()
             run.run_epoch(after_step=[show, *on_step, saver(files, stop, recipe.save_every)])
             row = run.finish_epoch()
             say(console, epoch_line(row, recipe.epochs))
-            call_all(on_epoch_end, run)
-            write_outputs(files, run, torch.float16 if half else torch.float32)
-            run.save_state(files.state)
-    files.state.unlink(missing_ok=True)
+            by_first(lambda: call_all(on_epoch_end, run))
+            by_first(lambda: write_outputs(files, run, torch.float16 if half else torch.float32))
+            by_first(lambda: run.save_state(files.state))
+    by_first(lambda: files.state.unlink(missing_ok=True))
     return Result(files.checkpoint, run.history[-1], run.history)
 
 
+def files_of(name: str, output: str | Path | None, resume: bool, overwrite: bool) -> Files:
+    """Return the files of a training that may begin, or go on; FourierBiasError if one would be lost."""
+    files = Files(output_path(name, output))
+    check_output(files, resume, overwrite)
+    return files
+
+
 def saver(files: Files, stop: threading.Event, seconds: float) -> StepHook:
-    """Return a function that saves a run's state every so many seconds, and when it is asked to stop."""
+    """Return a function that saves a run's state every so many seconds, and when any process is to stop."""
     saved = time.monotonic()
 
     def save(run: Run) -> None:
         nonlocal saved
-        if stop.is_set() or time.monotonic() - saved >= seconds:
+        stopping = anyone(stop.is_set())
+        due = time.monotonic() - saved >= seconds
+        if stopping:
+            by_first(lambda: run.save_state(files.state))
+        elif due and is_first():
             run.save_state(files.state)
+        if due:
             saved = time.monotonic()
-        if stop.is_set():
+        if stopping:
             raise TrainingInterruptedError(
                 f"stopped in epoch {run.epoch + 1} of {run.recipe.epochs}; --resume goes on from here"
             )
@@ -146,10 +166,11 @@ def set_up(
     model_args: dict[str, Any],
     recast: Mapping[str, Any] | None,
     learner: Callable[[nn.Module, Recipe], Learner] | None,
-    device: torch.device,
+    device: torch.device | str | None,
     console: Console,
 ) -> Run:
     """Load the data as the model wants it, build the model with as many classes, and make a run of them."""
+    device = training_device(device)
     if isinstance(model, str):
         check_arch(model)
         config = get_pretrained_cfg(model)
@@ -182,11 +203,24 @@ def set_up(
     run = Run(made, data, recipe, device)
     counts = f"{len(data.train)} images to train on, {len(data.evaluation)} to evaluate on"
     arithmetic = "float32" if run.dtype is None else "bfloat16 where it is safe"
+    processes = f"{world_size()} processes, " if world_size() > 1 else ""
     say(
         console,
-        f"{data.description['source']}: {counts}, {len(data.classes)} classes; {device}, {arithmetic}",
+        f"{data.description['source']}: {counts}, {len(data.classes)} classes; "
+        f"{processes}{device}, {arithmetic}",
     )
     return run
+
+
+def training_device(wanted: torch.device | str | None) -> torch.device:
+    """Return the device that is named, or this process's own, which one of several also means by ``cuda``.
+
+    >>> training_device("cpu")
+    device(type='cpu')
+    """
+    device = local_device() if wanted is None else torch.device(wanted)
+    several = world_size() > 1 and torch.cuda.is_available()
+    return local_device() if several and device == torch.device("cuda") else device
 
 
 def write_outputs(files: Files, run: Run, dtype: torch.dtype) -> None:
