@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # torch's "env://"
 PATIENCE = timedelta(hours=2)  # how long a process waits for another, as for the first while it writes
 _alone = False
 
@@ -82,7 +85,7 @@ def session() -> Iterator[None]:
     the first is raised on; the others end with status 2 and say nothing, so that the reason is printed once.
     Raises FourierBiasError where another process has vanished.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or _initialised():
+    if not _has_company() or _initialised():
         yield
         return
     import torch
@@ -93,28 +96,40 @@ def session() -> Iterator[None]:
     if on_gpu:
         torch.cuda.set_device(local)
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
-    failed = True
+    ended_well = False
+    try:
+        with _one_reason():
+            yield
+        ended_well = True
+    finally:
+        if ended_well or not on_gpu:  # NCCL would wait for the others, who may be waiting for this one
+            gc.collect()  # the group's threads end when nothing refers to it, and must before the interpreter
+            dist.destroy_process_group()
+
+
+def _has_company() -> bool:
+    """Whether a launcher has started several processes: all it tells them must be there."""
+    return os.environ.keys() >= VARIABLES and int(os.environ["WORLD_SIZE"]) > 1
+
+
+@contextmanager
+def _one_reason() -> Iterator[None]:
+    """Of exceptions on several processes let the first pass; see `session`."""
     try:
         yield
-        failed = False
-    except SystemExit:
-        failed = False
-        raise
     except KeyboardInterrupt:  # which all of them have had
         if is_first():
             raise
         raise SystemExit(130) from None
     except Exception as error:
-        traceback.clear_frames(error.__traceback__)  # they may refer to the process group, see below
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher sends it as soon as one has ended
+        traceback.clear_frames(error.__traceback__)  # they may refer to the process group
         if not _is_first_to_fail():
             raise SystemExit(2) from None
         if _is_lost_connection(error):
             raise FourierBiasError("another process of this run has ended, so this one ends too") from None
         raise
-    finally:
-        if not (failed and on_gpu):  # NCCL would wait for the others, who may be waiting for this one
-            gc.collect()  # the group's threads end when nothing refers to it, and must before the interpreter
-            dist.destroy_process_group()
 
 
 def _is_first_to_fail() -> bool:
