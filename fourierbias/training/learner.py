@@ -25,7 +25,7 @@ class Learner(nn.Module):
         """Return the loss of a batch, and scalars to log (``accuracy`` among them).
 
         ``images`` are (B, C, H, W), ``targets`` (B,) labels or (B, classes) shares, ``progress`` is
-        epoch / epochs, in [0, 1).
+        epoch / epochs, in [0, 1). All are means over the batch: several processes each see a part of it.
         """
         raise NotImplementedError
 

@@ -2,8 +2,6 @@
 
 import csv
 import io
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..distributed import world_size
 from ..errors import FourierBiasError
 from ..models.checkpoint import write_atomic
 
@@ -91,30 +88,6 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows
     )
     write_atomic(path, text.getvalue().encode())
-
-
-@contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """Within this context Ctrl-C and SIGTERM set an event; a second Ctrl-C interrupts at once.
-
-    Not so with several processes: their launcher may pass on a Ctrl-C that they have had already.
-    """
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        stop.set()
-        if world_size() == 1:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def say(console: Console, line: str) -> None:

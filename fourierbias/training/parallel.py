@@ -99,12 +99,13 @@ def global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     (2.0, 1.0, 2.0)
     """
     # Channels are few: in float64 their moments can be added up as they are, without loss.
-    mean, var = (moment.double() for moment in torch.batch_norm_update_stats(x.float(), None, None, 0.0))
+    exact = torch.promote_types(x.dtype, torch.float32)
+    mean, var = (moment.double() for moment in torch.batch_norm_update_stats(x.to(exact), None, None, 0.0))
     count = torch.full_like(mean, x.numel() // x.shape[1])
     sums = distributed.total(torch.stack([count, count * mean, count * (var + mean**2)]))
     count, mean, square = sums[0], sums[1] / sums[0], sums[2] / sums[0]
     var = (square - mean**2).clamp(min=0)
-    return mean.float(), var.float(), count[0]
+    return mean.to(exact), var.to(exact), count[0]
 
 
 class _Normalise(torch.autograd.Function):
@@ -130,12 +131,13 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, var, count = ctx.saved_tensors
         # As if mean and var were constants. d_weight and d_bias are Σ dy x̂ and Σ dy over this process's x.
+        inverse = (var + ctx.eps).rsqrt()
         dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
-            dy, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
+            dy, x, weight, mean, var, mean, inverse, False, ctx.eps, [True, True, True]
         )
         # Through mean and var, every x̂ has a part in every dx: weight / σ · (-mean(dy) - x̂ mean(dy x̂)).
         means = distributed.total(torch.stack([d_weight, d_bias]).double()) / count
-        factor = -(var.double() + ctx.eps).rsqrt() * (1 if weight is None else weight)
+        factor = -inverse * (1 if weight is None else weight)
         scale, shift = (factor * means).to(mean.dtype)
         dx += F.batch_norm(x, mean, var, scale, shift, eps=ctx.eps)
         return dx, None if weight is None else d_weight, None if weight is None else d_bias, *4 * [None]

@@ -21,9 +21,10 @@ from torch import nn
 from ..distributed import anyone, by_first, is_first, local_device, together, world_size
 from ..errors import FourierBiasError
 from ..models.checkpoint import check_arch, create, read_checkpoint, save_checkpoint
+from ..progress import stop_signals
 from .data import Data, load_data, step_seed
 from .learner import Classifier, Learner, evaluate
-from .output import Files, check_output, epoch_line, output_path, progress_bar, say, stop_signals, write_csv
+from .output import Files, check_output, epoch_line, output_path, progress_bar, say, write_csv
 from .recipe import Recipe
 from .run import Run, compare_identity, identity
 
