@@ -250,7 +250,8 @@ class _Job:
                 part.indices += batch.indices
                 part.images += [source.names[index] for index in batch.indices]
                 if source.labels is not None:
-                    part.labels = (part.labels or []) + [source.labels[index] for index in batch.indices]
+                    part.labels = part.labels or []
+                    part.labels += [source.labels[index] for index in batch.indices]
                 part.failures = earlier + source.failures
                 part.done = done + seen + len(source.failures)
                 yield {name: maps.cpu().numpy() for name, (_, maps) in reduced.items() if maps is not None}

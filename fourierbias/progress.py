@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from .distributed import world_size
+
 
 @contextlib.contextmanager
 def progress_bar(label: str, total: int, *, unit: str, done: int = 0) -> Iterator[Callable[[int], None]]:
@@ -71,7 +73,10 @@ def _line_reporter(
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """Within this context Ctrl-C and SIGTERM set an event; a second Ctrl-C interrupts at once."""
+    """Within this context Ctrl-C and SIGTERM set an event; a second Ctrl-C interrupts at once.
+
+    Not so with several processes: their launcher may pass on a Ctrl-C that they have had already.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -79,7 +84,8 @@ def stop_signals() -> Iterator[threading.Event]:
 
     def ask(number: int, frame: Any) -> None:
         stop.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if world_size() == 1:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
