@@ -1,4 +1,4 @@
-"""The one exception a user of the toolkit meets; it imports nothing of the toolkit, so all of it may raise it."""
+"""The exception a user of the toolkit meets, and what it says; imports nothing of the toolkit."""
 
 from __future__ import annotations
 

@@ -236,24 +236,12 @@ def merge_parts(parts: Sequence[Part], names: Sequence[str] | None = None) -> Pa
     Raises `FourierBiasError` if two of them hold the same images, if some are missing between the first and
     the last, or if they differ in anything that a capture depends on.
     """
+    if len(parts) == 1:
+        return parts[0]
     called = dict(zip(map(id, parts), names or [f"part {k + 1}" for k in range(len(parts))], strict=True))
     parts = sorted(parts, key=lambda part: (part.start, part.stop))
+    _check_parts(parts, [called[id(part)] for part in parts])
     first = parts[0]
-    for part in parts[1:]:
-        difference = compare(part.identity, first.identity)
-        if difference:
-            raise FourierBiasError(
-                f"{called[id(part)]} and {called[id(first)]} are not of one capture: they differ in "
-                + difference
-            )
-    for part, following in pairwise(parts):
-        if following.start < part.stop:
-            raise FourierBiasError(
-                f"{called[id(part)]} and {called[id(following)]} both hold image {following.start}: "
-                "leave one of them out"
-            )
-        if following.start > part.stop:
-            raise FourierBiasError(missing(part.stop, following.start))
     whole = Part(first.identity, first.start, parts[-1].stop, first.total)
     for part in parts:
         if part.sums.layers:
@@ -265,6 +253,23 @@ def merge_parts(parts: Sequence[Part], names: Sequence[str] | None = None) -> Pa
     if any(part.labels for part in parts):
         whole.labels = [label for part in parts for label in part.labels or [None] * len(part.indices)]
     return whole
+
+
+def _check_parts(parts: Sequence[Part], names: Sequence[str]) -> None:
+    """`FourierBiasError` unless parts, in the order of images, are of one capture and leave no gap."""
+    for part, name in zip(parts[1:], names[1:], strict=True):
+        difference = compare(part.identity, parts[0].identity)
+        if difference:
+            raise FourierBiasError(
+                f"{name} and {names[0]} are not of one capture: they differ in {difference}"
+            )
+    for (part, name), (following, other) in pairwise(zip(parts, names, strict=True)):
+        if following.start < part.stop:
+            raise FourierBiasError(
+                f"{name} and {other} both hold image {following.start}: leave one of them out"
+            )
+        if following.start > part.stop:
+            raise FourierBiasError(missing(part.stop, following.start))
 
 
 def _plain_value(value: Any) -> Any:

@@ -502,13 +502,22 @@ def _tensors(output: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
+def _said(module: nn.Module, name: str) -> Any:
+    """What a module says of itself in an attribute, else None; getattr is slow to find none."""
+    places = (vars(module), module._parameters, module._buffers, module._modules)
+    if any(name in place for place in places) or hasattr(type(module), name):
+        return getattr(module, name, None)
+    return None
+
+
 def _model_grids(model: nn.Module, input_size: tuple[int, int]) -> list[tuple[int, int]]:
     """Token grids that the model says it has at this input size, most trusted first."""
     grids = []
     for module in model.modules():
-        embed = getattr(module, "patch_embed", None)
-        if getattr(module, "dynamic_img_size", False) and hasattr(embed, "dynamic_feat_size"):
-            grids.append(tuple(embed.dynamic_feat_size(input_size)))
+        if _said(module, "dynamic_img_size"):
+            embed = _said(module, "patch_embed")
+            if hasattr(embed, "dynamic_feat_size"):
+                grids.append(tuple(embed.dynamic_feat_size(input_size)))
         grids += _embedding_grid(module)
     patch = getattr(getattr(model, "config", None), "patch_size", None)
     if isinstance(patch, int):  # Hugging Face vision transformers
@@ -545,7 +554,7 @@ def _pyramid_grids(input_size: tuple[int, int]) -> list[tuple[int, int]]:
 def _prefix_tokens(model: nn.Module) -> int:
     """The largest number of tokens that may stand before those of the image; one where nothing is said."""
     registers = getattr(getattr(model, "config", None), "num_register_tokens", None) or 0
-    said = [getattr(module, "num_prefix_tokens", None) for module in model.modules()]
+    said = [_said(module, "num_prefix_tokens") for module in model.modules()]
     return max((count for count in said if isinstance(count, int)), default=1 + registers)
 
 
@@ -554,5 +563,5 @@ def _blocked_grids(model: nn.Module) -> set[tuple[int, int]]:
     return {
         tuple(module.pos_embed.shape[1:3])
         for module in model.modules()
-        if hasattr(module, "block_size") and isinstance(getattr(module, "pos_embed", None), Tensor)
+        if _said(module, "block_size") is not None and isinstance(_said(module, "pos_embed"), Tensor)
     }

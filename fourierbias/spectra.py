@@ -259,7 +259,8 @@ def as_maps(
 
 def tokens_to_maps(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """Tokens (B, H·W, C) in raster order as a (B, C, H, W) view, without a copy."""
-    return tokens.unflatten(1, grid).permute(0, 3, 1, 2)
+    batch, _, channels = tokens.shape
+    return tokens.view(batch, *grid, channels).permute(0, 3, 1, 2)
 
 
 def line_frequencies(height: int, width: int, path: str) -> np.ndarray:

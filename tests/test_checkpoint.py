@@ -222,7 +222,9 @@ def test_a_file_under_its_name_is_whole(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # as a full disk: writing ends midway
     try:
-        with pytest.raises(FourierBiasError, match=r"no room to write .*a\.ckpt: it needs about 40\d kB, .* are free in"):
+        with pytest.raises(
+            FourierBiasError, match=r"no room to write .*a\.ckpt: it needs about 40\d kB, .* are free in"
+        ):
             save_torch(path, {"x": torch.zeros(100_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
