@@ -187,7 +187,7 @@ def merge(
     >>> for k, file in enumerate(files, start=1):
     ...     _ = capture(model, torch.ones(4, 3, 64, 64), output=file, shard=(k, 2))
     >>> merge(files, f"{folder}/all.h5")
-    Capture('ResNet', 2 layers, 4 images)
+    Capture('test_resnet', 4 layers, 4 images)
     """
     if not parts:
         raise FourierBiasError("name the parts to merge")

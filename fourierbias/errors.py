@@ -1,11 +1,4 @@
-"""The exception a user of the toolkit meets, and what it says; imports nothing of the toolkit."""
-
-from __future__ import annotations
-
-import errno
-import os
-import shutil
-from pathlib import Path
+"""The one exception a user of the toolkit meets; it imports nothing, so every module may raise it."""
 
 
 class FourierBiasError(ValueError):
@@ -13,39 +6,3 @@ class FourierBiasError(ValueError):
 
     The command line prints it as ``Error: …`` and exits with status 2.
     """
-
-
-def cannot_write(
-    path: str | os.PathLike[str], error: BaseException, needed: float = 0, hint: str = ""
-) -> FourierBiasError:
-    """What to say when a file could not be written; for want of room, how much there is.
-
-    ``needed`` bytes, where they are known, ``hint`` after the message of a full disk.
-
-    >>> str(cannot_write("a.h5", OSError(errno.EROFS, "Read-only file system")))
-    'cannot write a.h5: Read-only file system'
-    """
-    if not _wants_room(error):
-        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
-        return FourierBiasError(f"cannot write {path}: {reason}")
-    folder = Path(path).resolve().parent
-    size = f"about {_in_units(needed)}" if needed else "a few megabytes"
-    free = _in_units(shutil.disk_usage(folder).free)
-    return FourierBiasError(f"no room to write {path}: it needs {size}, {free} are free in {folder}{hint}")
-
-
-_NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-
-
-def _wants_room(error: BaseException) -> bool:
-    """Whether an error is of a full disk, a quota or a limit on files; HDF5 says so in its text only."""
-    number = getattr(error, "errno", None)
-    return number in _NO_ROOM or any(f"errno = {code}," in str(error) for code in _NO_ROOM)
-
-
-def _in_units(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ import h5py
 import numpy as np
 
 from ._version import __version__
-from .errors import FourierBiasError, cannot_write
+from .errors import FourierBiasError
+from .files import write_atomic
 from .spectra import LINES, PATHS, Spectrum
 
 FORMAT = "fourierbias"
@@ -182,22 +183,17 @@ def append_series(path: str | os.PathLike[str], epoch: int, capture: Capture) ->
     The file holds one capture per group ``epochs/EPOCH``.  It is copied, added to and renamed, so that under
     its name it is always whole.  Raises `FourierBiasError` when it cannot be written or is something else.
     """
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    series = dict(load_series(path)) if path.exists() else {}
+    series = dict(load_series(path)) if Path(path).exists() else {}
     series[int(epoch)] = capture
-    try:
-        with h5py.File(partial, "w", track_order=True) as handle:
-            handle.attrs.update({"format": SERIES_FORMAT, "format_version": FORMAT_VERSION})
-            for number in sorted(series):
-                group = handle.create_group(f"epochs/{number:06d}", track_order=True)
-                write_capture(group, series[number])
-                group.attrs["complete"] = True
-        seal(partial)
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise cannot_write(path, error) from None
+
+    def fill(handle: h5py.File) -> None:
+        handle.attrs.update({"format": SERIES_FORMAT, "format_version": FORMAT_VERSION})
+        for number in sorted(series):
+            group = handle.create_group(f"epochs/{number:06d}", track_order=True)
+            write_capture(group, series[number])
+            group.attrs["complete"] = True
+
+    write_atomic(path, sealed_image(fill))
 
 
 def load_series(path: str | os.PathLike[str]) -> list[tuple[int, Capture]]:
@@ -266,6 +262,18 @@ _UNREADABLE = (
     ArithmeticError,
     MemoryError,
 )
+
+
+def sealed_image(fill: Callable[[h5py.File], None]) -> bytes:
+    """The bytes of an HDF5 file with what ``fill`` puts into it, and their hash.
+
+    It is made in memory: HDF5 may bring the whole process down when a disk fills up under it.
+    """
+    with h5py.File("image", "w", driver="core", backing_store=False, track_order=True) as handle:
+        fill(handle)
+        handle.flush()
+        image = handle.id.get_file_image()
+    return image + _SEAL.format(hashlib.sha256(image).hexdigest()).encode()
 
 
 def seal(path: Path) -> None:

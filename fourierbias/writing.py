@@ -18,9 +18,22 @@ import h5py
 import numpy as np
 from filelock import FileLock, Timeout
 
-from .errors import FourierBiasError, cannot_write
+from .errors import FourierBiasError
+from .files import cannot_write, write_atomic
 from .parts import Part
-from .store import COMPRESSIONS, Capture, checked_output, layer_groups, opened, seal, write_capture
+from .store import (
+    COMPRESSIONS,
+    Capture,
+    checked_output,
+    layer_groups,
+    opened,
+    seal,
+    sealed_image,
+    write_capture,
+)
+
+# Room for what HDF5 writes beside the data: indices of chunks, headers.
+_SLACK = 2**16
 
 
 class Writer:
@@ -68,7 +81,7 @@ class Writer:
         try:
             self._clear(resume, overwrite)
             with self._room():
-                self._open()
+                self.partial.touch()
         except BaseException:
             self.abandon()
             raise
@@ -106,9 +119,18 @@ class Writer:
             if Path(name) not in but:
                 Path(name).unlink(missing_ok=True)
 
-    def _open(self) -> None:
-        self._file = h5py.File(self.partial, "w", track_order=True)
-        self._holds_maps = False
+    def _reserve(self, count: int) -> None:
+        """See to it that ``count`` bytes more find room in the open file, which is opened if it is not.
+
+        HDF5 may bring the whole process down when a disk fills up under it, so it must not come to that.
+        """
+        count += _SLACK
+        if self._file is None:
+            with open(self.partial, "wb") as probe:
+                _allocate(probe.fileno(), 0, count)
+            self._file = h5py.File(self.partial, "w", track_order=True)
+        with open(self.partial, "r+b") as probe:
+            _allocate(probe.fileno(), self._file.id.get_filesize(), count)
 
     def __enter__(self) -> Writer:
         return self
@@ -144,6 +166,9 @@ class Writer:
     def append_maps(self, maps: Mapping[str, np.ndarray]) -> None:
         """Add the maps (B, C, H, W) of one batch, by layer; chunked by image."""
         with self._room():
+            self._reserve(
+                sum(values.size for values in maps.values()) * np.dtype(self.feature_dtype).itemsize
+            )
             for name, values in maps.items():
                 group = self._file.require_group("layers").require_group(name)
                 if "feature_maps" not in group:
@@ -157,7 +182,6 @@ class Writer:
                         compression_opts=1 if self.compression == "gzip" else None,
                         shuffle=self.compression is not None,
                     )
-                self._holds_maps = True
                 dataset = group["feature_maps"]
                 dataset.resize(len(dataset) + len(values), axis=0)
                 dataset[-len(values) :] = values
@@ -170,20 +194,14 @@ class Writer:
     def save(self, part: Part) -> None:
         """Keep what is done so far, so that `resumed` finds it whatever happens next."""
         with self._room():
-            if self._holds_maps:
+            if self._file is not None:
                 part.maps.append(self._close_maps(self._beside(f"maps-{len(part.maps)}")))
-                self._open()
-            beside = self._beside("state.partial")
-            try:
-                with h5py.File(beside, "w", track_order=True) as handle:
-                    part.write(handle.create_group("part"))
-                seal(beside)
-                os.replace(beside, self.state)
-            finally:
-                beside.unlink(missing_ok=True)
+            image = sealed_image(lambda handle: part.write(handle.create_group("part")))
+        write_atomic(self.state, image)
 
     def _close_maps(self, path: Path) -> Path:
         self._file.close()
+        self._file = None
         os.replace(self.partial, path)
         return path
 
@@ -194,13 +212,10 @@ class Writer:
         if part.maps:
             with self._room():
                 pieces = list(part.maps)
-                if self._holds_maps:
+                if self._file is not None:
                     pieces.append(self._close_maps(self._beside(f"maps-{len(pieces)}")))
-                else:
-                    self._file.close()
-                self._open()
+                self._reserve(sum(path.stat().st_size for path in pieces))
                 _assemble(self._file, pieces, virtual=False)
-                self._holds_maps = True
 
     def leave_maps(self, part: Part) -> None:
         """Close this rank's maps as a file that stays beside the output, and keep the state of that."""
@@ -208,16 +223,16 @@ class Writer:
         if part.maps == [path]:  # resumed after it was done
             return
         self.join_maps(part)
-        if self._holds_maps:
+        if self._file is not None:
             with self._room():
                 part.maps = [self._close_maps(path)]
-                self._open()
         self.save(part)
         self._remove_maps()
 
     def refer_to_maps(self, paths: Sequence[Path], *, consolidate: bool) -> None:
         """Make the final maps from those in other files, in their order: referred to, or copied."""
         with self._room():
+            self._reserve(sum(path.stat().st_size for path in paths) if consolidate else 0)
             _assemble(self._file, paths, virtual=not consolidate)
 
     def finish(self, capture: Capture, part: Part | None = None) -> Capture:
@@ -225,14 +240,23 @@ class Writer:
 
         With the ``part`` that it was made of, the file can be merged with others.
         """
-        with self._room():
-            write_capture(self._file, capture)
+
+        def fill(handle: h5py.File) -> None:
+            write_capture(handle, capture)
             if part is not None:
-                part.write(self._file.create_group("part"))
-            self._file.attrs["complete"] = True
-            self._file.close()
-            seal(self.partial)
-            os.replace(self.partial, self.path)
+                part.write(handle.create_group("part"))
+            handle.attrs["complete"] = True
+
+        with self._room():
+            image = sealed_image(fill)
+            if self._file is not None:
+                self._reserve(len(image))
+                fill(self._file)
+                self._file.close()
+                seal(self.partial)
+                os.replace(self.partial, self.path)
+        if self._file is None:
+            write_atomic(self.path, image)
         self.forget()
         capture.file = self.path
         return capture
@@ -250,6 +274,12 @@ class Writer:
         except (OSError, RuntimeError) as error:
             kept = "; what was saved is kept, --resume goes on with it" if self.state.exists() else ""
             raise cannot_write(self.path, error, self.bytes_needed, kept) from None
+
+
+def _allocate(file: int, start: int, count: int) -> None:
+    """Give a file room for ``count`` bytes from ``start``; OSError if there is none."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, start, count)
 
 
 def _assemble(target: h5py.File, paths: Sequence[Path], *, virtual: bool) -> None:

@@ -4,7 +4,6 @@ The file is a dictionary of plain values and tensors, so that ``torch.load(path,
 without this package. Half-precision files are for storage only: they are read back as float32.
 """
 
-import contextlib
 import difflib
 import io
 import os
@@ -19,7 +18,8 @@ import torch
 from torch import nn
 
 from .._version import __version__
-from ..errors import FourierBiasError, cannot_write
+from ..errors import FourierBiasError
+from ..files import write_atomic
 
 FORMAT = "fourierbias"
 FORMAT_VERSION = 1
@@ -46,25 +46,6 @@ class Checkpoint:
     weights: str = ""
     dtype: str = "float32"
     version: str = __version__
-
-
-def write_atomic(path: str | os.PathLike, data: bytes) -> None:
-    """Write ``data`` beside ``path`` and rename: under its own name a file is always whole.
-
-    Raises FourierBiasError where it cannot be written, and leaves nothing behind.
-    """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise cannot_write(path, error, len(data)) from None
 
 
 def save_torch(path: str | os.PathLike, values: Mapping[str, Any]) -> None:

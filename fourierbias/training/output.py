@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..errors import FourierBiasError
-from ..models.checkpoint import write_atomic
+from ..files import write_atomic
 
 if TYPE_CHECKING:
     from .run import Run
