@@ -141,11 +141,13 @@ def capture(
     with contextlib.ExitStack() as stack:
         writer, stop = None, threading.Event()
         if output is not None:
-            if resume and (finished := _finished(Path(output), part, shared)) is not None:
-                return finished
             options = {"overwrite": overwrite, "resume": resume, "feature_dtype": feature_dtype}
             options |= {"compression": compression, "rank": rank(), "world_size": world_size()}
+            finished = _finished(Path(output), part, shared) if resume else None
             writer = stack.enter_context(together(lambda: Writer(output, **options)))
+            if finished is not None:
+                writer.forget()  # what a kill at the very end has left
+                return finished
             part = _resumed(writer, part)
             stop = stack.enter_context(stop_signals())
         report = stack.enter_context(_progress(progress, len(shared), part.done))
@@ -330,18 +332,20 @@ def _weights_key(loaded: LoadedModel, *, hashed: bool) -> str:
 
 def _finished(output: Path, part: Part, shared: ImageSource) -> Capture | None:
     """The capture that an earlier call has finished, if it is the one asked for; None while it is not."""
-    if not output.is_file() or any(output.parent.glob(f"{glob.escape(output.name)}*.state")):
+    if not output.is_file():
         return None
     capture = load(output)
     difference = compare(capture.attrs.get("identity", {}), part.identity, free=set())
     held = capture.attrs["count"] + capture.attrs["failed_images"]
     if difference is None and held != len(shared):
         difference = f"images ({held}, not {len(shared)})"
-    if difference:
-        raise FourierBiasError(
-            f"{output} is another capture, it differs in {difference}: choose another output or --overwrite"
-        )
-    return capture
+    if difference is None:
+        return capture
+    if any(output.parent.glob(f"{glob.escape(output.name)}*.state")):
+        return None  # a capture that is to replace this one
+    raise FourierBiasError(
+        f"{output} is another capture, it differs in {difference}: choose another output or --overwrite"
+    )
 
 
 def _resumed(writer: Writer, fresh: Part) -> Part:
