@@ -84,7 +84,7 @@ def _captured(
         limit=images,
         measures=measures,
         output=cached,
-        overwrite=True,
+        resume=True,
         progress=True,
     )
 

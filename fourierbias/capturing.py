@@ -377,8 +377,8 @@ def _keeper(writer: Writer | None, stop: threading.Event, seconds: float) -> Cal
             saved = time.monotonic()
         if stop.is_set():
             raise KeyboardInterrupt(
-                f"Stopped after {part.done} of {part.stop - part.start} images: "
-                "the same command with --resume goes on from here."
+                f"Stopped after {part.done} of {part.stop - part.start} images, which are kept: "
+                "to go on, repeat the command (capture with --resume)."
             )
 
     return keep

@@ -504,11 +504,11 @@ def _load(model: str, options: dict[str, Any]) -> Any:
 
 def _print_capture(result: Any) -> None:
     attrs = result.attrs
-    for name, reason in attrs["skipped"].items():
+    for name, reason in attrs.get("skipped", {}).items():  # of a part without a readable image, not there
         _say(f"skipped {name}: {reason}")
-    for name, reason in {**attrs["skipped_measures"], **attrs["skipped_attention"]}.items():
+    for name, reason in {**attrs.get("skipped_measures", {}), **attrs.get("skipped_attention", {})}.items():
         _say(f"no measure of {name}: {reason}")
-    for name, calls in attrs["repeated_calls"].items():
+    for name, calls in attrs.get("repeated_calls", {}).items():
         _say(f"{name} was called {calls} times in each forward (see --calls)")
     if attrs["failed_images"]:
         _say(f"{attrs['failed_images']} images could not be read:")

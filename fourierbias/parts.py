@@ -225,7 +225,7 @@ def read_part(path: str | Path) -> Part:
             raise FourierBiasError(f"{path} is no part of a capture: make parts with capture --shard 1/4, …")
         part = Part.read(handle["part"], path.parent)
         part.images = [as_text(name) for name in handle["images/name"][()]]
-        if part.identity["features"]:
+        if part.identity["features"] and part.sums.layers:
             part.maps = [path]
     return part
 
@@ -236,10 +236,11 @@ def merge_parts(parts: Sequence[Part], names: Sequence[str] | None = None) -> Pa
     Raises `FourierBiasError` if two of them hold the same images, if some are missing between the first and
     the last, or if they differ in anything that a capture depends on.
     """
+    called = dict(zip(map(id, parts), names or [f"part {k + 1}" for k in range(len(parts))], strict=True))
+    # With more parts than images some are empty, and have no place among the others.
+    parts = sorted((p for p in parts if p.start < p.stop), key=lambda part: part.start) or parts[:1]
     if len(parts) == 1:
         return parts[0]
-    called = dict(zip(map(id, parts), names or [f"part {k + 1}" for k in range(len(parts))], strict=True))
-    parts = sorted(parts, key=lambda part: (part.start, part.stop))
     _check_parts(parts, [called[id(part)] for part in parts])
     first = parts[0]
     whole = Part(first.identity, first.start, parts[-1].stop, first.total)

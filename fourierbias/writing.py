@@ -8,6 +8,7 @@ state speaks of.  The files of rank 1 of 4 are called ``out.h5.1of4.state`` and 
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
 import re
@@ -278,8 +279,13 @@ class Writer:
 
 def _allocate(file: int, start: int, count: int) -> None:
     """Give a file room for ``count`` bytes from ``start``; OSError if there is none."""
-    if hasattr(os, "posix_fallocate"):
+    try:
         os.posix_fallocate(file, start, count)
+    except AttributeError:  # not on this system
+        pass
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):  # not on this file system
+            raise
 
 
 def _assemble(target: h5py.File, paths: Sequence[Path], *, virtual: bool) -> None:

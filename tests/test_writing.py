@@ -209,6 +209,22 @@ def test_parts_that_do_not_make_a_whole_are_refused(network, folder, tmp_path, c
     assert_equal(load("merged.h5"), load("all.h5"), atol=1e-6)
 
 
+def test_parts_without_an_image_that_can_be_read(network, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    for index in range(4):
+        Image.new("RGB", (32, 32), (index, 50, 99)).save(tmp_path / "images" / f"{index}.png")
+    for index in (0, 1):
+        (tmp_path / "images" / f"{index}.png").write_bytes(b"no image")
+    words = ["capture", network, "--data", "images", "--features", "-o"]
+    for k in range(1, 7):  # more parts than images
+        assert typed(*words, f"{k}.h5", "--shard", f"{k}/6") == 0
+    assert typed(*words, "whole.h5", "--batch-size", 1) == 0
+    assert typed("merge", *(f"{k}.h5" for k in range(1, 7)), "-o", "merged.h5") == 0
+    assert_equal(load("merged.h5"), load("whole.h5"), atol=1e-12)
+    assert typed("plot", "2.h5", "-o", "empty.png") == 2
+
+
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_equal_one_process(network, folder, tmp_path, ranks):
     whole = capture(network, folder, output=tmp_path / "whole.h5", batch_size=5, **EVERYTHING)
