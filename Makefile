@@ -23,14 +23,24 @@ test-slow: $(VENV)/installed
 	$(RUN)/python -m pytest -q -m slow
 
 # Remakes the checkpoints that ship: DATA=cifar10 (downloaded), or an image folder with train/ and test/.
-# What is done is skipped, what was interrupted goes on.
+# What is done is skipped, what was interrupted goes on; `make checkpoints/vit.ckpt` makes one of them.
 EPOCHS ?= 15
-checkpoints: $(VENV)/installed
-	for model in cnn vit; do \
-		$(RUN)/fourierbias train $$model --data "$(DATA)" --epochs $(EPOCHS) --half --resume \
-			-o checkpoints/$$model.ckpt || exit; \
-	done
+cnn := cnn
+vit := vit
+prs := prs --schedule late-first
+prs-uniform := prs --schedule uniform:50%
+eit := eit
+lsra := lsra
+vit-bootstrapped := bootstrap
+CHECKPOINTS := cnn vit prs prs-uniform eit lsra vit-bootstrapped
+
+checkpoints: $(CHECKPOINTS:%=checkpoints/%.ckpt)
 	$(RUN)/python examples/cards.py checkpoints/*.ckpt > checkpoints/README.md
+
+$(CHECKPOINTS:%=checkpoints/%.ckpt): checkpoints/%.ckpt: $(VENV)/installed FORCE
+	$(RUN)/fourierbias train $($*) --data "$(DATA)" --epochs $(EPOCHS) --half --resume -o $@
+
+FORCE:
 
 lint: $(VENV)/installed
 	$(RUN)/ruff format --check .

@@ -4,7 +4,8 @@ import ast
 import csv
 import functools
 import hashlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import click
@@ -20,7 +21,9 @@ from fourierbias import FourierBiasError
 from fourierbias.models.checkpoint import check_arch
 from fourierbias.models.loading import load_model
 from fourierbias.training import Recipe, train
+from fourierbias.training.bootstrap import bootstrap
 from fourierbias.training.data import Data, evaluation_batches, load_data
+from fourierbias.training.output import write_csv
 from fourierbias.training.trainer import TrainingInterruptedError
 
 STYLE = {
@@ -40,11 +43,13 @@ def experiment(function: Callable) -> click.Command:
     """Make a function a program with the options of all experiments; errors and Ctrl-C end in one line."""
 
     @functools.wraps(function)
-    def program(output: Path, **options):
+    def program(output: Path, runs: Path | None, **options):
+        runs = runs or output / "runs"
         try:
-            (output / "runs").mkdir(parents=True, exist_ok=True)
+            for needed in (output, runs):
+                needed.mkdir(parents=True, exist_ok=True)
             with matplotlib.rc_context(STYLE):
-                function(output=output, **options)
+                function(output=output, runs=runs, **options)
             if options["quick"]:
                 click.echo(
                     "So short a training decides nothing; the full form is in the program's first lines."
@@ -59,6 +64,9 @@ def experiment(function: Callable) -> click.Command:
     name, folder = Path(function.__code__.co_filename).stem, click.Path(path_type=Path, file_okay=False)
     for option in (
         click.option("--change", multiple=True, metavar="NAME=VALUE", help="Any setting of the recipe."),
+        click.option(
+            "--runs", type=folder, help="Trainings, which experiments can share.  [default: OUTPUT/runs]"
+        ),
         click.option("--output", type=folder, default=name, show_default=True, help="Folder for all files."),
         click.option("--quick", is_flag=True, help="A small version: about two minutes on two cores."),
         click.option(
@@ -89,6 +97,61 @@ def settings(defaults: dict, change: tuple[str, ...], **given) -> dict:
 # ---------------------------------------------------------------------------------------- kept on the disk
 
 
+class Table:
+    """A CSV file that grows by the rows of one training at a time; what is in it is not made again.
+
+    So an experiment that was stopped goes on where only its table is left, too, without the trainings.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows = read_table(path) if path.exists() else []
+
+    def of(self, run: str, make: Callable[[], Iterable[dict]]) -> list[dict]:
+        """The rows of a training by its name: found in the file, or made and written to it."""
+        if not any(row["run"] == run for row in self.rows):
+            write_csv(self.path, [*self.rows, *({"run": run, **row} for row in make())])
+            self.rows = read_table(self.path)  # with the digits that the file has, whenever they are read
+        return [row for row in self.rows if row["run"] == run]
+
+
+def read_table(path: Path) -> list[dict]:
+    """The rows of a CSV file, with numbers and truth values as such, and None for nothing."""
+
+    def value(text: str) -> str | float | int | bool | None:
+        if not text:
+            return None
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            return float(text) if text in ("nan", "inf", "-inf") else text
+
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    if rows and "run" not in rows[0]:
+        raise FourierBiasError(f"{path} has no column 'run': it is not a table of these trainings; move it")
+    return [{key: value(text) for key, text in row.items()} for row in rows]
+
+
+def over_updates(epochs: int) -> dict:
+    """Settings of a training by how long it is: warm-up over its fifteenth, evaluated at its end alone.
+
+    That is two epochs of warm-up in thirty; two of any number would not be the same for all.
+    """
+    return {"epochs": epochs, "warmup_epochs": epochs / 15, "evaluate_every": epochs}
+
+
+def run_name(arch: str, source: str, recipe: Recipe) -> str:
+    """The name of a training: what it is, and a digest of all its settings.
+
+    Trainings with other settings can so lie in one folder, and experiments share those they have in common.
+    """
+    schedule = re.sub(r"[^\w.]+", "-", recipe.schedule or "").strip("-")
+    words = [arch, schedule, f"{recipe.fraction:g}", f"seed{recipe.seed}"]
+    words.append(digest(arch, Path(source).resolve().name, recipe))
+    return "-".join(filter(None, words))
+
+
 @functools.lru_cache(maxsize=2)
 def load_once(source: str, fraction: float, holdout: int, image_size: int | None, limit: int) -> Data:
     """`load_data` for the reference networks, which all want the same images."""
@@ -104,15 +167,17 @@ def data_of(source: str, recipe: Recipe, listed: bool = False) -> Data:
     return load_once(source, recipe.fraction, recipe.holdout, recipe.image_size, 0 if listed else 2 << 30)
 
 
-def trained(folder: Path, name: str, arch: str, source: str, recipe: Recipe, learner=None) -> Path:
+def trained(folder: Path, arch: str, source: str, recipe: Recipe) -> Path:
     """The checkpoint of a training: found done, gone on with, or done from the start.
 
-    Its name holds a digest of all settings, so trainings with other settings can lie in the same folder.
+    ``arch`` is a network's name, or vit-bootstrapped.
     """
-    path = folder / f"{name}-{digest(arch, Path(source).resolve().name, recipe)}.ckpt"
+    path = folder / f"{run_name(arch, source, recipe)}.ckpt"
     if not path.exists() or path.with_suffix(".state").exists():
         click.echo(f"Training {path}")
-        train(arch, data_of(source, recipe), path, recipe, learner=learner, resume=True)
+        network, _, bootstrapped = arch.partition("-")
+        learner = bootstrap("joint") if bootstrapped else None
+        train(network, data_of(source, recipe), path, recipe, learner=learner, resume=True)
         path.with_suffix(".best.ckpt").unlink()  # what counts is the last epoch
     return path
 

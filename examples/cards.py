@@ -4,11 +4,13 @@ python examples/cards.py checkpoints/*.ckpt > checkpoints/README.md
 """
 
 import dataclasses
+import inspect
 import sys
 from pathlib import Path
 
 from fourierbias.models.checkpoint import Checkpoint, read_checkpoint
 from fourierbias.training import Recipe
+from fourierbias.training.bootstrap import AGENT, Bootstrap
 
 INTRODUCTION = """# The checkpoints that ship
 
@@ -22,7 +24,15 @@ folder, with `train/` and `test/`. The log of each training lies beside its chec
 
 def command(name: str, checkpoint: Checkpoint) -> str:
     """The command line that made a checkpoint: its recipe where it differs from the default one."""
-    words = ["fourierbias train", checkpoint.arch, "--data DATA"]
+    learner = checkpoint.recipe["learner"]
+    bootstrapped = learner["name"] == "Bootstrap"
+    words = ["fourierbias train", "bootstrap" if bootstrapped else checkpoint.arch, "--data DATA"]
+    if bootstrapped:
+        given = inspect.signature(Bootstrap).parameters
+        for name in ("mode", "alignment", "hint_weight"):
+            if learner[name] != given[name].default:
+                words.append(f"--{name.replace('_', '-')} {learner[name]}")
+        name = name.replace(f".{AGENT}.ckpt", ".ckpt")  # one command writes both
     for field in dataclasses.fields(Recipe):
         value = checkpoint.recipe.get(field.name, field.default)
         if value != field.default:

@@ -21,7 +21,7 @@ from itertools import pairwise
 
 import click
 import numpy as np
-from _runs import data_of, experiment, mean_and_spread, save, settings, trained
+from _runs import Table, data_of, experiment, mean_and_spread, over_updates, run_name, save, settings, trained
 from matplotlib.figure import Figure
 
 from fourierbias.models.checkpoint import read_checkpoint
@@ -29,9 +29,10 @@ from fourierbias.training import Recipe
 from fourierbias.training.data import plan_epoch
 from fourierbias.training.output import write_csv
 
-# From the most to the least like a convolution: architecture, schedule, and how it is drawn.
+# From the most to the least like a convolution: architecture, schedule, and how it is drawn.  `prs` that
+# never switches is the CNN, to the bit.
 MODELS = {
-    "cnn": ("cnn", None, "ko-"),
+    "cnn": ("prs", "conv", "ko-"),
     "prs-early-first": ("prs", "early-first", "C2v--"),
     "prs-late-first": ("prs", "late-first", "C0^-"),
     "prs-uniform-half": ("prs", "uniform:50%", "C4D--"),
@@ -45,40 +46,39 @@ SHARES = (0.01, 0.05, 0.1, 0.3, 1.0)
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Trainings of each kind.")
 @click.option("--images-seen", type=click.IntRange(1), help="[default: 100000; quick: 960]")
 @click.option("--share", "shares", type=float, multiple=True, help="Repeatable.  [default: 0.01, 0.05, …, 1]")
-def main(data, output, quick, seeds, change, images_seen, shares):
+def main(data, output, runs, quick, seeds, change, images_seen, shares):
     """Accuracy of networks between a CNN and a ViT against the share of the training images."""
     # So few steps need small batches, and gates that open faster than at the common learning rate.
     options = settings({"batch_size": 16, "gate_lr": 10.0} if quick else {}, change)
     images_seen = images_seen or (960 if quick else 100_000)
-    rows = []
+    rows, kept = [], Table(output / "data_scale.csv")
     for share in sorted(shares or ((0.01, 0.03, 0.1) if quick else SHARES)):
-        recipe = Recipe(**{**options, "fraction": share})
-        count = len(data_of(data, recipe, listed=True).train)
-        seen_in_epoch = sum(map(len, plan_epoch(count, recipe.batch_size, seed=0, epoch=0)))
-        epochs = max(1, round(images_seen / seen_in_epoch))
-        about = {
-            "share": share,
-            "train_images": count,
-            "epochs": epochs,
-            "images_seen": epochs * seen_in_epoch,
-        }
-        # Two epochs of warm-up in thirty, as everywhere; two of any number would not be the same everywhere.
-        same = {"epochs": epochs, "warmup_epochs": epochs / 15, "evaluate_every": epochs}
         for model, (arch, schedule, _) in MODELS.items():
+            recipe = Recipe(**{**options, "fraction": share, "schedule": schedule})
             for seed in range(seeds):
-                changed = {**same, "schedule": schedule, "seed": seed}
-                path = trained(
-                    output / "runs", f"{model}-{share:g}-seed{seed}", arch, data, replace(recipe, **changed)
-                )
-                accuracy = read_checkpoint(path).metrics["test_accuracy"]
-                rows.append({"model": model, **about, "seed": seed, "accuracy": accuracy})
-    write_csv(output / "data_scale.csv", rows)
+                rows += accuracy_row(model, arch, data, replace(recipe, seed=seed), images_seen, runs, kept)
     found = [row for model in MODELS if model != "cnn" for row in crossings(rows, model)]
     write_csv(
         output / "data_scale-crossings.csv", found or [dict.fromkeys(("model", "share", "from_there_on"))]
     )
     report(rows, found)
     save(draw(rows, found), output / "data_scale.png")
+
+
+def accuracy_row(model, arch, data, recipe, images_seen, runs, kept):
+    """Test accuracy of a network after as many epochs as show it ``images_seen`` images, as one row."""
+    count = len(data_of(data, recipe, listed=True).train)
+    seen_in_epoch = sum(map(len, plan_epoch(count, recipe.batch_size, seed=0, epoch=0)))
+    epochs = max(1, round(images_seen / seen_in_epoch))
+    recipe = replace(recipe, **over_updates(epochs))
+
+    def measured():
+        about = {"model": model, "share": recipe.fraction, "train_images": count}
+        about |= {"epochs": epochs, "images_seen": epochs * seen_in_epoch, "seed": recipe.seed}
+        checkpoint = read_checkpoint(trained(runs, arch, data, recipe))
+        return [{**about, "accuracy": checkpoint.metrics["test_accuracy"]}]
+
+    return kept.of(run_name(arch, data, recipe), measured)
 
 
 def accuracies(rows, model):

@@ -26,7 +26,6 @@ from matplotlib.ticker import MaxNLocator
 from fourierbias.curves import measure_trend, response_trend
 from fourierbias.figures import measure_axes, response_axes
 from fourierbias.training import Recipe
-from fourierbias.training.bootstrap import bootstrap
 from fourierbias.training.output import write_csv
 
 # The CNN, which has no attention, comes last, so that colours are the same in all panels.
@@ -40,7 +39,7 @@ MEASURES = ("high_frequency_share", "head_diversity")
 @click.option("--checkpoints", type=click.Path(path_type=Path, exists=True), help="Folder to load from.")
 @click.option("--epochs", type=click.IntRange(1), help="[default: 30; quick: 4]")
 @click.option("--fraction", type=float, help="Share of the training images.  [default: 1; quick: 0.1]")
-def main(data, output, quick, change, checkpoints, epochs, fraction):
+def main(data, output, runs, quick, change, checkpoints, epochs, fraction):
     """Accuracy, spectra and attention of a CNN, a ViT, and four networks between them."""
     options = settings(QUICK if quick else FULL, change, epochs=epochs, fraction=fraction)
     learning, captures = {}, {}
@@ -49,11 +48,10 @@ def main(data, output, quick, change, checkpoints, epochs, fraction):
         if checkpoints:
             path = checkpoints / f"{model}.ckpt"
         else:
-            learner = bootstrap("joint") if model == "vit-bootstrapped" else None
-            path = trained(output / "runs", model, model.split("-")[0], data, recipe, learner)
+            path = trained(runs, model, data, recipe)
         learning[model] = learning_curve(path)
         images = 64 if quick else 512
-        captures[model] = captured(output / "runs", path, data, recipe, images, measures=MEASURES)
+        captures[model] = captured(runs, path, data, recipe, images, measures=MEASURES)
     trends = by_depth(captures)
     write_csv(output / "inductive_bias_zoo.csv", list(rows(learning, trends)))
     report(learning, trends)

@@ -16,10 +16,21 @@ convolution depends on the gates too, which `--change gate_lr=10` makes learn te
 """
 
 from collections import defaultdict
+from functools import partial
 
 import click
 import numpy as np
-from _runs import captured, experiment, mean_and_spread, save, settings, trained
+from _runs import (
+    Table,
+    captured,
+    experiment,
+    mean_and_spread,
+    over_updates,
+    run_name,
+    save,
+    settings,
+    trained,
+)
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
@@ -29,30 +40,35 @@ from fourierbias.training import Recipe
 from fourierbias.training.output import write_csv
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the training, before the switch
-FULL = {"epochs": 20}
 # In so few steps gates would hardly open at the common learning rate.
-QUICK = {"epochs": 4, "fraction": 0.2, "batch_size": 32, "evaluate_every": 4, "gate_lr": 10.0}
+QUICK = {"fraction": 0.2, "batch_size": 32, "gate_lr": 10.0}
 
 
 @experiment
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Trainings of each kind.")
 @click.option("--epochs", type=click.IntRange(1), help="[default: 20; quick: 4]")
 @click.option("--fraction", type=float, help="Share of the training images.  [default: 1; quick: 0.2]")
-def main(data, output, quick, seeds, change, epochs, fraction):
+def main(data, output, runs, quick, seeds, change, epochs, fraction):
     """Spectra of a network that switches earlier or later, between those of a CNN and a ViT."""
-    options = settings(QUICK if quick else FULL, change, epochs=epochs, fraction=fraction)
-    rows = []
+    same = over_updates(epochs or (4 if quick else 20))
+    options = settings({**same, **(QUICK if quick else {})}, change, fraction=fraction)
+
+    def measured(about, arch, recipe):
+        path = trained(runs, arch, data, recipe)
+        capture = captured(runs, path, data, recipe, images=64 if quick else 512)
+        about = {**about, "accuracy": read_checkpoint(path).metrics["test_accuracy"]}
+        return [about | row for row in response_rows(capture)]
+
+    rows, kept = [], Table(output / "interpolate_bias.csv")
     for seed in range(seeds):
         for share in (*SHARES, None):
-            schedule = None if share is None else f"uniform:{100 * share:g}%"
+            # At the ends these are the schedules by which other experiments know the same trainings.
+            schedule = {None: None, 0.0: "attention", 1.0: "conv"}.get(share, f"uniform:{share:.0%}")
             recipe = Recipe(**{**options, "seed": seed, "schedule": schedule})
-            name = "vit" if share is None else f"prs-{100 * share:.0f}%"
-            path = trained(output / "runs", f"{name}-seed{seed}", name.split("-")[0], data, recipe)
-            capture = captured(output / "runs", path, data, recipe, images=64 if quick else 512)
-            about = {"model": name, "switch": share, "seed": seed}
-            about["accuracy"] = read_checkpoint(path).metrics["test_accuracy"]
-            rows += [about | row for row in response_rows(capture)]
-    write_csv(output / "interpolate_bias.csv", rows)
+            arch = "vit" if share is None else "prs"
+            about = {"model": arch if share is None else f"prs-{share:.0%}", "switch": share, "seed": seed}
+            make = partial(measured, about, arch, recipe)
+            rows += kept.of(run_name(arch, data, recipe), make)
     found = correlations(rows)
     write_csv(output / "interpolate_bias-correlations.csv", found)
     report(rows, found)

@@ -329,7 +329,7 @@ def _written(*paths: Path | None) -> str:
 )
 @click.option("--epochs", type=int, help="Passes over the training images.  [default: 30]")
 @click.option("--batch-size", type=int, help="[default: 128]")
-@click.option("--lr", type=float, help="Peak learning rate.  [default: 0.001]")
+@click.option("--lr", type=float, help="Peak learning rate.  [default: 0.003]")
 @click.option("--weight-decay", type=float, help="[default: 0.05]")
 @click.option("--warmup-epochs", type=float, help="[default: 2]")
 @click.option("--smoothing", type=float, help="Label smoothing.  [default: 0.1]")

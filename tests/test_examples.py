@@ -3,16 +3,19 @@
 import csv
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import fourierbias
+import fourierbias.training
 from fourierbias import FourierBiasError
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -113,6 +116,52 @@ def test_a_claim_agrees_where_all_of_its_evidence_does(module, capsys):
         assert capsys.readouterr().out.splitlines()[-1] == f"    -> {verdict}"
 
 
+@pytest.mark.parametrize(
+    ("values", "others", "expected"),
+    [
+        ([62.0, 64.0], [60.0, 60.0], (3.0, 1.0, "better")),
+        ([62.0, 64.0], [62.0, 62.0], (1.0, 1.0, "not decidable with these seeds")),
+        ([60.0, 60.0], [62.0, 64.0], (-3.0, 1.0, "worse")),
+        ([62.0], [60.0, 60.0], (2.0, None, "not decidable with these seeds")),
+    ],
+)
+def test_a_difference_is_held_against_its_standard_error(module, monkeypatch, values, others, expected):
+    example = module("small_data")
+    gain, doubt = example.difference(np.array(values), np.array(others))
+    assert (gain, None if np.isnan(doubt) else doubt) == pytest.approx(expected[:2])
+    assert example.verdict(gain, doubt) == expected[2]
+
+
+def test_a_table_makes_every_training_once_and_reads_as_it_was_written(module, tmp_path):
+    runs, made = module("_runs"), []
+
+    def make(value):
+        made.append(value)
+        return [{"value": value, "layer": layer, "good": True, "switch": None} for layer in ("a", "b")]
+
+    for _ in range(2):
+        table = runs.Table(tmp_path / "t.csv")
+        first, second = (table.of(name, lambda v=v: make(v)) for name, v in (("x", 1 / 3), ("y", 2)))
+        assert [row["value"] for row in (*first, *second)] == [0.333333, 0.333333, 2, 2]
+        assert second[1] == {"run": "y", "value": 2, "layer": "b", "good": True, "switch": None}
+    assert made == [1 / 3, 2]
+    (tmp_path / "u.csv").write_text("value\n1\n")
+    with pytest.raises(FourierBiasError, match=r"u.csv has no column 'run'"):
+        runs.Table(tmp_path / "u.csv")
+
+
+def test_the_name_of_a_training_tells_it_from_all_others(module):
+    name, recipe = module("_runs").run_name, fourierbias.training.Recipe(schedule="uniform:50%", fraction=0.1)
+    assert name("prs", "some/cifar10", recipe).startswith("prs-uniform-50-0.1-seed0-")
+    assert name("prs", "some/cifar10", recipe) == name("prs", "other/cifar10", recipe)
+    changed = (
+        ("vit", "cifar10", recipe),
+        ("prs", "cifar100", recipe),
+        ("prs", "cifar10", replace(recipe, lr=1)),
+    )
+    assert len({name("prs", "cifar10", recipe), *(name(*key) for key in changed)}) == 4
+
+
 def test_settings_of_a_recipe_are_changed_by_texts(module):
     settings = module("_runs").settings
     changed = settings(
@@ -148,12 +197,12 @@ def table(path):
         return list(csv.DictReader(file))
 
 
-def check_rerun(folder, name, first):
+def check_rerun(folder, name, first, *words):
     """The same command again trains and captures nothing, takes a fraction of the time, says the same."""
     kept = {path: path.stat().st_mtime_ns for path in (folder / name / "runs").iterdir()}
     numbers = (folder / name / f"{name}.csv").read_text()
     started_at = time.monotonic()
-    out = finished(started(folder, name, "--quick"))
+    out = finished(started(folder, name, "--quick", *words))
     assert time.monotonic() - started_at < 60
     assert out == "".join(line for line in first.splitlines(True) if not line.startswith("Training "))
     assert {path: path.stat().st_mtime_ns for path in (folder / name / "runs").iterdir()} == kept
@@ -210,6 +259,25 @@ def test_data_scale(tmp_path):
 
 
 @pytest.mark.slow
+def test_small_data_shares_trainings_and_goes_on_from_its_table(tmp_path):
+    out = finished(started(tmp_path, "small_data", "--quick", "--others", "1"))
+    folder = tmp_path / "small_data"
+    assert (folder / "small_data.png").stat().st_size > 10_000
+    rows = table(folder / "small_data.csv")
+    assert len(rows) == len({row["model"] for row in rows}) == 9
+    for row in rows:
+        assert f"{row['model']:<17} {100 * float(row['accuracy']):6.2f}" in out
+    assert out.count("not decidable") == 4  # one seed
+    check_rerun(tmp_path, "small_data", out, "--others", "1")
+    # Another experiment takes the trainings there are; the table alone is enough to go on.
+    scaled = started(tmp_path, "data_scale", "--quick", "--share", "0.1", "--runs", "small_data/runs")
+    assert "Training " not in finished(scaled)
+    shutil.rmtree(folder / "runs")
+    again = finished(started(tmp_path, "small_data", "--quick", "--others", "1"))
+    assert again == "".join(line for line in out.splitlines(True) if not line.startswith("Training "))
+
+
+@pytest.mark.slow
 def test_inductive_bias_zoo(tmp_path):
     out = finished(started(tmp_path, "inductive_bias_zoo", "--quick"))
     folder = tmp_path / "inductive_bias_zoo"
@@ -235,7 +303,8 @@ def test_inductive_bias_zoo(tmp_path):
     # Networks that were trained elsewhere give the same numbers.
     (tmp_path / "trained").mkdir()
     for name in depths:
-        (path,) = (folder / "runs").glob(f"{name}-????????.ckpt")
+        schedule = "-late-first" if name == "prs" else ""
+        (path,) = (folder / "runs").glob(f"{name}{schedule}-0.1-seed0-????????.ckpt")
         for suffix in (".ckpt", ".csv"):
             os.link(path.with_suffix(suffix), tmp_path / "trained" / f"{name}{suffix}")
     finished(

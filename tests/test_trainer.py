@@ -37,6 +37,24 @@ RECIPE = {"epochs": 2, "batch_size": 32, "lr": 3e-3, "drop_path": 0.2, "mixup": 
 STEPS = 6  # in an epoch
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "chosen"),
+    [
+        ({"avx2": True}, None),
+        ({"avx512_bf16": True}, torch.bfloat16),  # Zen 4, Cooper Lake
+        ({"avx512_bf16": True, "avx512_fp16": True, "amx_bf16": True}, torch.bfloat16),  # Sapphire Rapids
+        ({"avx512_bf16": True, "avx512_fp16": True, "amx_bf16": False}, None),  # the same without AMX
+        ({"bf16": True}, torch.bfloat16),  # ARM
+    ],
+)
+def test_bfloat16_is_chosen_where_it_is_faster(monkeypatch, capabilities, chosen):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    cpu = torch.device("cpu")
+    assert Recipe().autocast_dtype(cpu) is chosen
+    assert Recipe(amp="float32").autocast_dtype(cpu) is None
+    assert Recipe(amp="bfloat16").autocast_dtype(cpu) is torch.bfloat16
+
+
 class StoppedHereError(Exception):
     pass
 

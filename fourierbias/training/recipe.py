@@ -31,7 +31,7 @@ class Recipe:
 
     epochs: int = 30
     batch_size: int = 128
-    lr: float = 1e-3
+    lr: float = 3e-3
     weight_decay: float = 0.05
     warmup_epochs: float = 2.0
     min_lr: float = 1e-5
@@ -92,7 +92,7 @@ class Recipe:
         return asdict(self)
 
     def autocast_dtype(self, device: torch.device) -> torch.dtype | None:
-        """Return the dtype to autocast to, None for float32: bfloat16 where the machine multiplies in it."""
+        """Return the dtype to autocast to, None for float32: bfloat16 where that is faster."""
         if self.amp == "float32":
             return None
         if self.amp == "bfloat16" or multiplies_bfloat16(device):
@@ -101,7 +101,9 @@ class Recipe:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Return whether matrix products in bfloat16 are done by the hardware of ``device``.
+    """Return whether the hardware of ``device`` multiplies matrices in bfloat16, faster than in float32.
+
+    A fact of the processor, not timed, so that a training that is resumed goes on in the same arithmetic.
 
     >>> multiplies_bfloat16(torch.device("meta"))
     False
@@ -109,8 +111,8 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return bool(
-            capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16")
-        )
+        has = torch.cpu.get_capabilities().get
+        # Xeons since Sapphire Rapids (told by avx512_fp16) have AMX for it; where that is switched off, their
+        # AVX-512 instructions do a product in 1.7 times float32's time.
+        return bool(has("amx_bf16") or has("bf16") or (has("avx512_bf16") and not has("avx512_fp16")))
     return False

@@ -1,0 +1,106 @@
+"""On little data, is a network that leaves the convolution layer by layer better than what lies at its ends?
+
+PRS (Lee et al., arXiv 2210.01370, abstract) has it that on small data layers should switch from convolution
+to attention linearly earlier the later they are, and that this is better than earlier methods. Here `prs`
+trains with five schedules on a class-balanced tenth of one data set, beside the ViT and, if asked for, EIT,
+LSRA and a bootstrapped ViT, all with one recipe and budget. That late-first should also pass the uniform
+switch and its own mirror, early-first, is our control, not the paper's claim; no number of the paper is
+known to us.
+
+    python examples/small_data.py --quick
+    python examples/small_data.py --data cifar10 --seeds 3 --others 1
+    python examples/small_data.py --data cifar10 --change holdout=1000 --change gate_lr=10
+
+The second, full form is 21 trainings of 300,000 images each; the third is how settings are chosen, on images
+held out of those trained on. Everything is kept in the output folder: a program that was stopped goes on,
+one that is done only draws again, and more seeds are added to what is there.
+"""
+
+import click
+import numpy as np
+from _runs import Table, experiment, mean_and_spread, save, settings
+from data_scale import MODELS, accuracy_row
+from matplotlib.figure import Figure
+
+from fourierbias.training import Recipe
+
+OTHERS = {
+    "eit": ("eit", None, "C5"),
+    "lsra": ("lsra", None, "C6"),
+    "vit-bootstrapped": ("vit-bootstrapped", None, "C8"),
+}
+ALL = {**MODELS, **OTHERS}
+PROPOSED, CONTROLS = "prs-late-first", ("cnn", "prs-attention", "prs-uniform-half", "prs-early-first")
+
+
+@experiment
+@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="Trainings of each kind.")
+@click.option("--others", type=click.IntRange(0), default=0, show_default=True, help="Of EIT, LSRA, … each.")
+@click.option("--images-seen", type=click.IntRange(1), help="[default: 300000; quick: 960]")
+@click.option("--share", type=float, default=0.1, show_default=True, help="Of the training images.")
+def main(data, output, runs, quick, seeds, change, others, images_seen, share):
+    """Accuracy of prs with five schedules, and of transformers, on a share of the training images."""
+    # So few steps need small batches, and gates that open faster than at the common learning rate.
+    options = settings({"batch_size": 16, "gate_lr": 10.0} if quick else {}, change, fraction=share)
+    images_seen = images_seen or (960 if quick else 300_000)
+    kept, rows = Table(output / "small_data.csv"), []
+    # Seed by seed, so that whatever is there when this is stopped can be compared.
+    for seed in range(max(seeds, others)):
+        for model, (arch, schedule, _) in ALL.items():
+            if seed < (others if model in OTHERS else seeds):
+                recipe = Recipe(**{**options, "schedule": schedule, "seed": seed})
+                rows += accuracy_row(model, arch, data, recipe, images_seen, runs, kept)
+    accuracies = {name: [row["accuracy"] for row in rows if row["model"] == name] for name in ALL}
+    accuracies = {name: 100 * np.array(values) for name, values in accuracies.items() if values}
+    report(accuracies)
+    save(draw(accuracies, rows[0]), output / "small_data.png")
+
+
+def report(accuracies):
+    """Print the table of accuracies, and by how much late-first passes or misses each of its controls."""
+    for model, values in accuracies.items():
+        mean, std = mean_and_spread(values)
+        spread = f" ± {std:4.2f}" if len(values) > 1 else "       "
+        print(f"{model:<17} {mean:6.2f}{spread} %  ({len(values)} seed{'s'[: len(values) > 1]})")
+    for control in CONTROLS:
+        gain, doubt = difference(accuracies[PROPOSED], accuracies[control])
+        known = f" ± {doubt:.2f}" if np.isfinite(doubt) else ""
+        print(f"{PROPOSED} minus {control}: {gain:+.2f}{known} points: {verdict(gain, doubt)}")
+
+
+def difference(values, others):
+    """Difference of two means, and its standard error from the spread over seeds (nan for one seed)."""
+    doubt = np.nan
+    if min(len(values), len(others)) > 1:
+        doubt = np.sqrt(sum(group.var(ddof=1) / len(group) for group in (values, others)))
+    return values.mean() - others.mean(), doubt
+
+
+def verdict(gain, doubt):
+    """What a difference and its standard error say: two of them are asked for."""
+    if not abs(gain) > 2 * doubt:
+        return "not decidable with these seeds"
+    return "better" if gain > 0 else "worse"
+
+
+def draw(accuracies, about):
+    """A dot for each training, and the mean of each kind."""
+    figure = Figure(figsize=(7, 0.4 * len(accuracies) + 1.4))
+    ax = figure.subplots()
+    for place, (model, values) in enumerate(accuracies.items()):
+        style = {"color": ALL[model][2].rstrip("-ov^DsP")}
+        ax.plot(values, np.full(len(values), place), "o", markersize=5, alpha=0.6, **style)
+        ax.plot(values.mean(), place, "|", markersize=16, markeredgewidth=2, **style)
+    ax.set_yticks(range(len(accuracies)), accuracies)
+    ax.invert_yaxis()
+    ax.grid(axis="x", color="0.9")
+    ax.set_axisbelow(True)
+    ax.set_xlabel(
+        f"test accuracy (%) after {about['epochs']} epochs of {about['train_images']} images\n"
+        "dots: one training each, by seed; bars: means"
+    )
+    return figure
+
+
+if __name__ == "__main__":
+    main()
