@@ -10,7 +10,7 @@ networks are small, and so is what the figures say about those of the papers.
     python examples/inductive_bias_zoo.py --data cifar10 --epochs 30
     python examples/inductive_bias_zoo.py --data cifar10 --checkpoints checkpoints
 
-The second form trains six networks on 1.5 million images each; the third draws networks that were trained
+The second form trains six networks on 1.5 million images each; the third draws those that were trained
 elsewhere: MODEL.ckpt with its log MODEL.csv beside it. All is kept in the output folder, as the other
 experiments do.
 """
@@ -23,6 +23,7 @@ from _runs import captured, experiment, learning_curve, save, settings, trained
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from fourierbias import FourierBiasError
 from fourierbias.curves import measure_trend, response_trend
 from fourierbias.figures import measure_axes, response_axes
 from fourierbias.training import Recipe
@@ -43,7 +44,10 @@ def main(data, output, runs, quick, change, checkpoints, epochs, fraction):
     """Accuracy, spectra and attention of a CNN, a ViT, and four networks between them."""
     options = settings(QUICK if quick else FULL, change, epochs=epochs, fraction=fraction)
     learning, captures = {}, {}
-    for model in MODELS:
+    models = [name for name in MODELS if not checkpoints or (checkpoints / f"{name}.ckpt").exists()]
+    if not models:
+        raise FourierBiasError(f"{checkpoints} holds none of {', '.join(f'{name}.ckpt' for name in MODELS)}")
+    for model in models:
         recipe = Recipe(**{**options, "schedule": "late-first" if model == "prs" else None})
         if checkpoints:
             path = checkpoints / f"{model}.ckpt"
@@ -88,22 +92,25 @@ def report(learning, trends):
         ("high_frequency_share", "raises the share of high frequencies in each layer"),
         ("head_diversity", "makes heads look at more diverse distances"),
     ):
-        pairs = [exceeds(trends[quantity], *pair) for pair in (("eit", "lsra"), ("lsra", "vit"))]
-        claim(f"[A] EIT: convolution-like bias {said}, EIT's most, then LSRA's.", *pairs)
-    (_, plain), (epochs, taught) = learning["vit"], learning["vit-bootstrapped"]
-    when = next((e for e, value in zip(epochs, taught, strict=True) if value >= plain[-1]), np.inf)
-    reached = f"it has the plain ViT's final accuracy after {when:.0f} epochs of {epochs[-1]:.0f}"
-    claim(
-        "[P] Bootstrapping: taught by an agent CNN, a ViT converges faster than alone and ends higher.",
-        (reached if when < np.inf else "it never has the plain ViT's final accuracy", when < epochs[-1]),
-        (f"it ends {100 * (taught[-1] - plain[-1]):+.1f} points from it", taught[-1] > plain[-1]),
-    )
-    models = trends["relative_log_amplitude"]
-    depth, value, *_ = models["prs"].columns()
-    ends = [np.interp(depth, *models[model].columns()[:2]) for model in ("cnn", "vit")]
-    between = (np.min(ends, axis=0) <= value) & (value <= np.max(ends, axis=0))
-    said = f"Δ log amplitude at π lies between them at {between.sum()} of {len(depth)} depths"
-    claim("[A] PRS: a switch in training moves the spectrum between CNN and ViT.", (said, between.mean()))
+        if {"eit", "lsra", "vit"} <= set(learning):
+            pairs = [exceeds(trends[quantity], *pair) for pair in (("eit", "lsra"), ("lsra", "vit"))]
+            claim(f"[A] EIT: convolution-like bias {said}, EIT's most, then LSRA's.", *pairs)
+    if {"vit", "vit-bootstrapped"} <= set(learning):
+        (_, plain), (epochs, taught) = learning["vit"], learning["vit-bootstrapped"]
+        when = next((e for e, value in zip(epochs, taught, strict=True) if value >= plain[-1]), np.inf)
+        reached = f"it has the plain ViT's final accuracy after {when:.0f} epochs of {epochs[-1]:.0f}"
+        claim(
+            "[P] Bootstrapping: taught by an agent CNN, a ViT converges faster than alone and ends higher.",
+            (reached if when < np.inf else "it never has the plain ViT's final accuracy", when < epochs[-1]),
+            (f"it ends {100 * (taught[-1] - plain[-1]):+.1f} points from it", taught[-1] > plain[-1]),
+        )
+    if {"cnn", "prs", "vit"} <= set(learning):
+        models = trends["relative_log_amplitude"]
+        depth, value, *_ = models["prs"].columns()
+        ends = [np.interp(depth, *models[model].columns()[:2]) for model in ("cnn", "vit")]
+        between = (np.min(ends, axis=0) <= value) & (value <= np.max(ends, axis=0))
+        said = f"Δ log amplitude at π lies between them at {between.sum()} of {len(depth)} depths"
+        claim("[A] PRS: a switch in training moves the spectrum between CNN and ViT.", (said, between.mean()))
 
 
 def exceeds(models, more, less):
@@ -130,7 +137,7 @@ def draw(learning, captures, trends):
     """Accuracy over epochs; high-frequency share, head diversity and Δ log amplitude by depth."""
     figure = Figure(figsize=(9, 6.6))
     axes = figure.subplots(2, 2).flat
-    response_axes(list(captures.values()), axes[3], names=MODELS)
+    response_axes(list(captures.values()), axes[3], names=list(captures))
     for ax, measure in zip(axes[1:3], MEASURES, strict=True):
         names = list(trends[measure])
         measure_axes([captures[name] for name in names], measure, ax, names=names)

@@ -455,14 +455,23 @@ def train(
 @click.argument("checkpoints", nargs=-1, required=True)
 @click.option("--data", required=True, help="photos, cifar10, cifar100, or an image folder.")
 @click.option("--device", help="cpu, cuda, … (default: a GPU if there is one).")
-def evaluate(checkpoints: tuple[str, ...], data: str, device: str | None) -> None:
+@click.option("--csv", type=click.Path(path_type=Path), help="Also write the accuracies as a table.")
+@click.option("--overwrite", is_flag=True, help="Replace a table that exists.")
+def evaluate(
+    checkpoints: tuple[str, ...], data: str, device: str | None, csv: Path | None, overwrite: bool
+) -> None:
     """Recompute the test accuracy of CHECKPOINTS, and show what they recorded of it."""
     import torch
 
     from .models.checkpoint import build, read_checkpoint
+    from .store import checked_output
     from .training.data import load_data
     from .training.learner import evaluate as measure
+    from .training.output import write_csv
 
+    if csv is not None:
+        checked_output(csv, overwrite=overwrite)
+    rows = []
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     loaded: dict[str, Any] = {}
     for path in checkpoints:
@@ -475,6 +484,12 @@ def evaluate(checkpoints: tuple[str, ...], data: str, device: str | None) -> Non
         recorded = checkpoint.metrics.get("test_accuracy")
         noted = "" if recorded is None else f"  recorded {100 * recorded:6.2f} %"
         click.echo(f"{path}  accuracy {100 * accuracy:6.2f} %{noted}")
+        about = {"model": Path(path).stem, "epochs": checkpoint.epoch}
+        about["parameters"] = sum(parameter.numel() for parameter in network.parameters())
+        rows.append({**about, "accuracy": accuracy, "recorded": recorded})
+    if csv is not None:
+        write_csv(csv, rows)
+        click.echo(_written(csv))
 
 
 def _layers(layers: tuple[str, ...]) -> str | list[str]:

@@ -1,5 +1,6 @@
 """What a user types: every case through `fourierbias.cli.main`, a few through the installed program."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -109,7 +110,11 @@ def test_compare_takes_checkpoints_and_remembers_them(run, tmp_path):
     assert (tmp_path / "b.png").exists()
 
 
-def test_train_evaluate_resume(run, tmp_path):
+def parameters(checkpoint):
+    return sum(value.numel() for value in checkpoint["state_dict"].values())
+
+
+def test_train_evaluate_resume(run, refused, tmp_path):
     words = ("train", "vit", "--epochs", 1, "--fraction", 0.02, "--batch-size", 16, "-o", "vit.ckpt")
     status, out, err = run(*words)
     assert status == 0, err
@@ -121,6 +126,12 @@ def test_train_evaluate_resume(run, tmp_path):
     assert status == 0, err
     accuracy, recorded = (float(word) for word in out.replace("%", "").split() if word[0].isdigit())
     assert accuracy == pytest.approx(recorded, abs=0.1)
+    table = ("evaluate", "vit.ckpt", "--data", "photos", "--csv", "accuracies.csv")
+    assert run(*table)[0] == 0
+    (row,) = csv.DictReader((tmp_path / "accuracies.csv").read_text().splitlines())
+    assert (row["model"], row["epochs"], row["parameters"]) == ("vit", "1", str(parameters(checkpoint)))
+    assert 100 * float(row["accuracy"]) == pytest.approx(accuracy, abs=0.005)
+    assert "accuracies.csv exists" in refused(*table)
     assert run(*words, "--resume")[0] == 0
 
 

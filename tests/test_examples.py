@@ -330,7 +330,7 @@ def test_quickstart(tmp_path):
     [
         ("interpolate_bias", ["--data", "nowhere"], "no data at nowhere"),
         ("data_scale", ["--share", "2"], "fraction must be in (0, 1]"),
-        ("inductive_bias_zoo", ["--checkpoints", ".", "--quick"], "no log prs.csv"),
+        ("inductive_bias_zoo", ["--checkpoints", ".", "--quick"], ". holds none of prs.ckpt"),
         ("inductive_bias_zoo", ["--change", "speed=1"], "'speed=1' is no NAME=VALUE"),
     ],
 )
