@@ -24,7 +24,7 @@ test-slow: $(VENV)/installed
 
 # Remakes the checkpoints that ship: DATA=cifar10 (downloaded), or an image folder with train/ and test/.
 # What is done is skipped, what was interrupted goes on; `make checkpoints/vit.ckpt` makes one of them.
-EPOCHS ?= 15
+EPOCHS ?= 12
 cnn := cnn
 vit := vit
 prs := prs --schedule late-first

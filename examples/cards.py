@@ -29,9 +29,9 @@ def command(name: str, checkpoint: Checkpoint) -> str:
     words = ["fourierbias train", "bootstrap" if bootstrapped else checkpoint.arch, "--data DATA"]
     if bootstrapped:
         given = inspect.signature(Bootstrap).parameters
-        for name in ("mode", "alignment", "hint_weight"):
-            if learner[name] != given[name].default:
-                words.append(f"--{name.replace('_', '-')} {learner[name]}")
+        for option in ("mode", "alignment", "hint_weight"):
+            if learner[option] != given[option].default:
+                words.append(f"--{option.replace('_', '-')} {learner[option]}")
         name = name.replace(f".{AGENT}.ckpt", ".ckpt")  # one command writes both
     for field in dataclasses.fields(Recipe):
         value = checkpoint.recipe.get(field.name, field.default)

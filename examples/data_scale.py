@@ -29,15 +29,15 @@ from fourierbias.training import Recipe
 from fourierbias.training.data import plan_epoch
 from fourierbias.training.output import write_csv
 
-# From the most to the least like a convolution: architecture, schedule, and how it is drawn.  `prs` that
-# never switches is the CNN, to the bit.
+# From the most to the least like a convolution: architecture, schedule, colour and line.  `prs` that never
+# switches is the CNN, to the bit.
 MODELS = {
-    "cnn": ("prs", "conv", "ko-"),
-    "prs-early-first": ("prs", "early-first", "C2v--"),
-    "prs-late-first": ("prs", "late-first", "C0^-"),
-    "prs-uniform-half": ("prs", "uniform:50%", "C4D--"),
-    "prs-attention": ("prs", "attention", "C1s-"),
-    "vit": ("vit", None, "C3P-"),
+    "cnn": ("prs", "conv", "black", "o-"),
+    "prs-early-first": ("prs", "early-first", "C2", "v--"),
+    "prs-late-first": ("prs", "late-first", "C0", "^-"),
+    "prs-uniform-half": ("prs", "uniform:50%", "C4", "D--"),
+    "prs-attention": ("prs", "attention", "C1", "s-"),
+    "vit": ("vit", None, "C3", "P-"),
 }
 SHARES = (0.01, 0.05, 0.1, 0.3, 1.0)
 
@@ -53,7 +53,7 @@ def main(data, output, runs, quick, seeds, change, images_seen, shares):
     images_seen = images_seen or (960 if quick else 100_000)
     rows, kept = [], Table(output / "data_scale.csv")
     for share in sorted(shares or ((0.01, 0.03, 0.1) if quick else SHARES)):
-        for model, (arch, schedule, _) in MODELS.items():
+        for model, (arch, schedule, *_) in MODELS.items():
             recipe = Recipe(**{**options, "fraction": share, "schedule": schedule})
             for seed in range(seeds):
                 rows += accuracy_row(model, arch, data, replace(recipe, seed=seed), images_seen, runs, kept)
@@ -68,17 +68,23 @@ def main(data, output, runs, quick, seeds, change, images_seen, shares):
 def accuracy_row(model, arch, data, recipe, images_seen, runs, kept):
     """Test accuracy of a network after as many epochs as show it ``images_seen`` images, as one row."""
     count = len(data_of(data, recipe, listed=True).train)
-    seen_in_epoch = sum(map(len, plan_epoch(count, recipe.batch_size, seed=0, epoch=0)))
-    epochs = max(1, round(images_seen / seen_in_epoch))
+    epochs, seen = epochs_for(count, recipe, images_seen)
     recipe = replace(recipe, **over_updates(epochs))
 
     def measured():
         about = {"model": model, "share": recipe.fraction, "train_images": count}
-        about |= {"epochs": epochs, "images_seen": epochs * seen_in_epoch, "seed": recipe.seed}
+        about |= {"epochs": epochs, "images_seen": seen, "seed": recipe.seed}
         checkpoint = read_checkpoint(trained(runs, arch, data, recipe))
         return [{**about, "accuracy": checkpoint.metrics["test_accuracy"]}]
 
     return kept.of(run_name(arch, data, recipe), measured)
+
+
+def epochs_for(count, recipe, images_seen):
+    """The number of epochs that come nearest to ``images_seen`` images, and how many that are."""
+    seen_in_epoch = sum(map(len, plan_epoch(count, recipe.batch_size, seed=0, epoch=0)))
+    epochs = max(1, round(images_seen / seen_in_epoch))
+    return epochs, epochs * seen_in_epoch
 
 
 def accuracies(rows, model):
@@ -125,14 +131,13 @@ def draw(rows, found):
     figure = Figure(figsize=(9, 4.2))
     left, right = figure.subplots(1, 2)
     shares, cnn = accuracies(rows, "cnn")
-    for model, (*_, style) in MODELS.items():
+    for model, (*_, color, line) in MODELS.items():
         values = accuracies(rows, model)[1]
         for ax, shown in ((left, values), (right, values - cnn)):
             mean, std = mean_and_spread(100 * shown)
-            drawn = ax.errorbar(shares, mean, std, fmt=style, markersize=4, capsize=2, label=model)
+            ax.errorbar(shares, mean, std, fmt=line, color=color, markersize=4, capsize=2, label=model)
         for row in (row for row in found if row["model"] == model):
-            ring = {"fillstyle": "none", "markersize": 9, "color": drawn.lines[0].get_color()}
-            right.plot(row["share"], 0, "o", **ring)
+            right.plot(row["share"], 0, "o", fillstyle="none", markersize=9, color=color)
     left.set_ylabel("test accuracy (%)")
     right.set_ylabel("test accuracy minus the CNN's (points)")
     for ax in (left, right):

@@ -4,8 +4,9 @@ Park & Kim (2022, arXiv 2202.06709) have it, by their figures 2a, 8 and 9, that 
 high-frequency Δ log amplitude and the variance of feature maps, except that in the first layers it raises the
 former, and that MLPs and convolutions raise both. For every residual step of each network (of a ViT each
 attention and each MLP, of a ResNet each block that keeps its grid) the program prints and draws how much
-both change, and counts. Networks and images here are small: 8×8 tokens, which the authors call too small
-for their plot.
+both change, and counts. The paper's Δ is relative to the amplitude at frequency 0, which follows the mean of
+a channel; beside it is Δ relative to the lowest other frequency, which does not. Networks and images here are
+small: 8×8 tokens, which the authors call too small for their plot.
 
     python examples/filters.py
     python examples/filters.py --data cifar10/test --images 1000 checkpoints/vit.ckpt checkpoints/cnn.ckpt
@@ -26,7 +27,11 @@ from fourierbias.captured import shipped_checkpoints
 from fourierbias.curves import measure_trend, response_trend
 from fourierbias.training.output import write_csv
 
-QUANTITIES = ("relative_log_amplitude", "feature_variance")
+QUANTITIES = {
+    "relative_log_amplitude": "Δ log amplitude at π, to DC (ln)",
+    "relative_to_first": "Δ log amplitude at π, to the first bin (ln)",
+    "feature_variance": "feature variance (activation²)",
+}
 # What the paper has: the sign of the change, by what makes it.
 CLAIMED = {"attention": -1, "mlp": 1, "conv": 1}
 COLORS = {"attention": "#D55E00", "mlp": "#0072B2", "conv": "#009E73", "split": "#CC79A7"}
@@ -54,8 +59,10 @@ def main(checkpoints, data, images, output):
 
 
 def changes(capture):
-    """For every step that keeps the grid: both quantities after it and before, and the errors of these."""
-    trends = response_trend(capture, at=1.0), measure_trend(capture, "feature_variance", at=1.0)
+    """For every step that keeps the grid: the quantities after it and before, and the errors of these."""
+    first = capture.with_reference("first")
+    trends = (response_trend(c, at=1.0) for c in (capture, first))
+    trends = *trends, measure_trend(capture, "feature_variance", at=1.0)
     for before, after in pairwise(zip(*(trend.points for trend in trends), strict=True)):
         if any(before[0].attrs[side] != after[0].attrs[side] for side in ("height", "width", "channels")):
             continue
@@ -85,10 +92,10 @@ def report(rows):
 
 
 def draw(rows):
-    """Both changes, step by step, a row of panels for each network."""
+    """The changes, step by step, a row of panels for each network."""
     models = list(dict.fromkeys(row["model"] for row in rows))
-    figure = Figure(figsize=(8, 1.0 + 1.7 * len(models)))
-    axes = figure.subplots(len(models), 2, squeeze=False)
+    figure = Figure(figsize=(11, 1.0 + 1.7 * len(models)))
+    axes = figure.subplots(len(models), len(QUANTITIES), squeeze=False)
     for model, line in zip(models, axes, strict=True):
         for quantity, ax in zip(QUANTITIES, line, strict=True):
             shown = [row for row in rows if (row["model"], row["quantity"]) == (model, quantity)]
@@ -101,9 +108,8 @@ def draw(rows):
                 range(len(shown)), [row["layer"].removeprefix("blocks.") for row in shown], rotation=60
             )
         line[0].set_ylabel(model)
-    titles = ("change of Δ log amplitude at π (ln)", "change of the feature variance (activation²)")
-    for ax, title in zip(axes[0], titles, strict=True):
-        ax.set_title(title)
+    for ax, title in zip(axes[0], QUANTITIES.values(), strict=True):
+        ax.set_title(f"change of\n{title}")
     handles = {h.get_label(): h for ax in axes.flat for h in ax.containers if h.get_label()[0] != "_"}
     figure.legend(
         handles.values(), handles, loc="outside upper center", ncols=4, title="what the step is made of"

@@ -25,9 +25,9 @@ from matplotlib.figure import Figure
 from fourierbias.training import Recipe
 
 OTHERS = {
-    "eit": ("eit", None, "C5"),
-    "lsra": ("lsra", None, "C6"),
-    "vit-bootstrapped": ("vit-bootstrapped", None, "C8"),
+    "eit": ("eit", None, "C5", "o"),
+    "lsra": ("lsra", None, "C6", "o"),
+    "vit-bootstrapped": ("vit-bootstrapped", None, "C8", "o"),
 }
 ALL = {**MODELS, **OTHERS}
 PROPOSED, CONTROLS = "prs-late-first", ("cnn", "prs-attention", "prs-uniform-half", "prs-early-first")
@@ -46,7 +46,7 @@ def main(data, output, runs, quick, seeds, change, others, images_seen, share):
     kept, rows = Table(output / "small_data.csv"), []
     # Seed by seed, so that whatever is there when this is stopped can be compared.
     for seed in range(max(seeds, others)):
-        for model, (arch, schedule, _) in ALL.items():
+        for model, (arch, schedule, *_) in ALL.items():
             if seed < (others if model in OTHERS else seeds):
                 recipe = Recipe(**{**options, "schedule": schedule, "seed": seed})
                 rows += accuracy_row(model, arch, data, recipe, images_seen, runs, kept)
@@ -88,7 +88,7 @@ def draw(accuracies, about):
     figure = Figure(figsize=(7, 0.4 * len(accuracies) + 1.4))
     ax = figure.subplots()
     for place, (model, values) in enumerate(accuracies.items()):
-        style = {"color": ALL[model][2].rstrip("-ov^DsP")}
+        style = {"color": ALL[model][2]}
         ax.plot(values, np.full(len(values), place), "o", markersize=5, alpha=0.6, **style)
         ax.plot(values.mean(), place, "|", markersize=16, markeredgewidth=2, **style)
     ax.set_yticks(range(len(accuracies)), accuracies)

@@ -329,7 +329,7 @@ def _written(*paths: Path | None) -> str:
 )
 @click.option("--epochs", type=int, help="Passes over the training images.  [default: 30]")
 @click.option("--batch-size", type=int, help="[default: 128]")
-@click.option("--lr", type=float, help="Peak learning rate.  [default: 0.003]")
+@click.option("--lr", type=float, help="Peak learning rate.  [default: 0.01]")
 @click.option("--weight-decay", type=float, help="[default: 0.05]")
 @click.option("--warmup-epochs", type=float, help="[default: 2]")
 @click.option("--smoothing", type=float, help="Label smoothing.  [default: 0.1]")
@@ -339,7 +339,7 @@ def _written(*paths: Path | None) -> str:
 @click.option(
     "--ema", type=float, help="Decay of the weight average that is evaluated and saved.  [default: 0.999]"
 )
-@click.option("--opt", help="Any optimiser of timm.  [default: adamw]")
+@click.option("--opt", help="Any optimiser of timm.  [default: nmuon]")
 @click.option("--amp", type=click.Choice(["auto", "bfloat16", "float32"]), help="[default: auto]")
 @click.option("--fraction", type=float, help="Class-balanced share of the training images.  [default: 1]")
 @click.option(

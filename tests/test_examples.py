@@ -17,6 +17,7 @@ import pytest
 import fourierbias
 import fourierbias.training
 from fourierbias import FourierBiasError
+from fourierbias.models.checkpoint import Checkpoint
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -173,6 +174,25 @@ def test_settings_of_a_recipe_are_changed_by_texts(module):
             settings({}, (text,))
 
 
+def test_a_card_has_the_command_that_made_the_checkpoint(module):
+    cards, recipe = module("cards"), fourierbias.training.Recipe(epochs=7, schedule="uniform:50%")
+
+    def command(name, learner, dtype="float32"):
+        values = {**recipe.as_dict(), "learner": {"name": "Classifier", **learner}}
+        checkpoint = Checkpoint("vit", {}, [], recipe=values, dtype=dtype)
+        return cards.command(name, checkpoint)
+
+    assert command("a.ckpt", {}, "float16") == (
+        "fourierbias train vit --data DATA --epochs 7 --schedule uniform:50% --half -o a.ckpt"
+    )
+    learner = {"name": "Bootstrap", "mode": "shared", "alignment": "2d", "hint_weight": 1.0}
+    for name in ("b.ckpt", "b.agent.ckpt"):  # one command writes both
+        assert command(name, learner) == (
+            "fourierbias train bootstrap --data DATA --mode shared --hint-weight 1.0 --epochs 7 "
+            "--schedule uniform:50% -o b.ckpt"
+        )
+
+
 # ------------------------------------------------------------------------------------------ whole programs
 
 
@@ -278,6 +298,26 @@ def test_small_data_shares_trainings_and_goes_on_from_its_table(tmp_path):
 
 
 @pytest.mark.slow
+def test_choices_are_made_on_held_out_images(tmp_path):
+    words = ["--quick", "--model", "prs"]
+    words += [word for text in ("schedule=conv", "schedule=attention,gate_lr=30") for word in ("--try", text)]
+    out = finished(started(tmp_path, "choices", *words))
+    folder = tmp_path / "choices"
+    conv, attention = table(folder / "choices.csv")
+    assert conv["holdout"] == attention["holdout"] == "16"
+    assert (conv["settings"], attention["settings"]) == ("schedule=conv", "schedule=attention,gate_lr=30")
+    for row in (conv, attention):
+        assert round(16 * float(row["accuracy"]), 6) % 1 == 0  # sixteen images, not the test set's
+        assert f"{100 * float(row['accuracy']):6.2f} %  {row['settings']}" in out
+    assert float(conv["mean_content_share"]) == 0 < float(attention["mean_content_share"])
+    check_rerun(tmp_path, "choices", out, *words[1:])
+    # The best of all comes first; another try is added to what there is.
+    more = finished(started(tmp_path, "choices", *words, "--try", "schedule=conv,lr=1e-5,min_lr=0"))
+    assert more.count("Training ") == 1
+    assert len(table(folder / "choices.csv")) == 3
+
+
+@pytest.mark.slow
 def test_inductive_bias_zoo(tmp_path):
     out = finished(started(tmp_path, "inductive_bias_zoo", "--quick"))
     folder = tmp_path / "inductive_bias_zoo"
@@ -325,11 +365,35 @@ def test_quickstart(tmp_path):
     assert {row["model"] for row in table(folder / "compare.csv")} == {"cnn", "vit"}
 
 
+def test_filters_tells_what_every_step_changes(tmp_path):
+    vit = EXAMPLES.parent / "checkpoints" / "vit.ckpt"
+    out = finished(started(tmp_path, "filters", "--images", "8", vit))
+    rows = table(tmp_path / "filters" / "filters.csv")
+    capture = fourierbias.capture(vit, "photos", layers="sublayers", limit=8)
+    names = list(capture)
+    variance = capture.measure("feature_variance")
+    values = {
+        "relative_log_amplitude": {name: capture[name].at(1.0) for name in names},
+        "relative_to_first": {name: capture.with_reference("first")[name].at(1.0) for name in names},
+        "feature_variance": {name: variance[name].mean[0] for name in names},
+    }
+    assert len(rows) == 3 * (len(names) - 1)
+    for row in rows:
+        before = names[names.index(row["layer"]) - 1]
+        change = values[row["quantity"]][row["layer"]] - values[row["quantity"]][before]
+        assert float(row["change"]) == pytest.approx(change, abs=2e-5)
+        assert float(row["standard_error"]) > 0
+        assert row["images"] == "8"
+    assert out.count("vit               attention") == out.count("vit               mlp") == 3
+    assert (tmp_path / "filters" / "filters.png").stat().st_size > 10_000
+
+
 @pytest.mark.parametrize(
     ("name", "words", "message"),
     [
         ("interpolate_bias", ["--data", "nowhere"], "no data at nowhere"),
         ("data_scale", ["--share", "2"], "fraction must be in (0, 1]"),
+        ("choices", ["--quick", "--try", "lr=0.1,speed"], "'speed' is no NAME=VALUE"),
         ("inductive_bias_zoo", ["--checkpoints", ".", "--quick"], ". holds none of prs.ckpt"),
         ("inductive_bias_zoo", ["--change", "speed=1"], "'speed=1' is no NAME=VALUE"),
     ],

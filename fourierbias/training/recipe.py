@@ -20,6 +20,8 @@ class Recipe:
     ``mixup`` and ``cutmix`` are the α of timm's Mixup, 0 for none. ``ema`` is the final decay of the
     average of the weights, which is what is evaluated and saved; it warms up, so short runs are sane.
     ``evaluate_every`` is in epochs (the last epoch is always evaluated), ``save_every`` in seconds.
+    ``opt`` is any optimiser of timm's; ``nmuon`` is Muon with Nesterov momentum and steps of the size of
+    AdamW's for matrices and convolutions, and NAdamW for everything else.
     ``schedule``, ``schedule_by``, ``gate``, ``gate_lr`` (a factor on ``lr`` for gates) and ``locality`` are
     for networks with reparameterizable convolutions.
 
@@ -31,7 +33,7 @@ class Recipe:
 
     epochs: int = 30
     batch_size: int = 128
-    lr: float = 3e-3
+    lr: float = 1e-2
     weight_decay: float = 0.05
     warmup_epochs: float = 2.0
     min_lr: float = 1e-5
@@ -40,7 +42,7 @@ class Recipe:
     cutmix: float = 0.0
     flip: bool = True
     ema: float = 0.999
-    opt: str = "adamw"
+    opt: str = "nmuon"
     amp: str = "auto"
     seed: int = 0
     fraction: float = 1.0
