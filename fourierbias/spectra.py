@@ -361,7 +361,7 @@ class Projection(NamedTuple):
     """What `MapReducer.project` keeps of maps (B, C, H, W): small, and none of it a view of them."""
 
     grid: tuple[int, int]
-    line: Tensor  # (B, 2ΣF, C): real, then imaginary parts
+    power: Tensor  # (B, ΣF, C): |F|² on the lines
     norm: Tensor  # (B,): √Σz² over channels and positions
     plane: Tensor | None  # (B, H·(W//2+1), C): amplitudes of the half plane, where asked for
 
@@ -434,10 +434,11 @@ class MapReducer:
         x = x if x.dtype in (torch.float32, torch.float64) else x.float()
         with torch.autocast(x.device.type, enabled=False):
             # The variance needs the sum of each map, the DC bin of any line: ask for one at least.
-            line = line_transform(x, self._lines or ("diagonal",))
+            line = line_transform(x, self._lines or ("diagonal",)).square_()
+            power = torch.add(*line.chunk(2, dim=1))  # here, while all of it is in the cache
             flat = _tokens(x).flatten(1) if _channels_innermost(x) else x.flatten(1)
             plane = torch.fft.rfft2(x).abs().flatten(2).mT if self._needs_plane else None
-            return Projection(x.shape[-2:], line, torch.linalg.vector_norm(flat, dim=1), plane)
+            return Projection(x.shape[-2:], power, torch.linalg.vector_norm(flat, dim=1), plane)
 
     def finish(self, projections: Sequence[Projection]) -> list[dict[str, Tensor]]:
         """Per-image vectors of each projection; the layers of one shape are worked on together.
@@ -446,7 +447,7 @@ class MapReducer:
         """
         groups: dict[Any, list[int]] = {}
         for index, projection in enumerate(projections):
-            groups.setdefault((projection.grid, projection.line.shape), []).append(index)
+            groups.setdefault((projection.grid, projection.power.shape), []).append(index)
         results: list[dict[str, Tensor]] = [{} for _ in projections]
         for (grid, _), members in groups.items():
             group = [projections[index] for index in members]
@@ -460,15 +461,15 @@ class MapReducer:
         return bool({"radial", "2d"} & set(self.paths) or self.cutoffs)
 
     def _values(self, grid: tuple[int, int], group: Sequence[Projection]) -> dict[str, Tensor]:
-        amplitude = _magnitude(torch.cat([p.line for p in group]))
+        power = torch.cat([p.power for p in group])
         norm = torch.cat([p.norm for p in group])
-        dead = amplitude.amax(dim=1) == 0
+        dead = power.amax(dim=1) == 0
         joint = [
-            _mean_variance(norm, amplitude[:, 0], grid),
+            _mean_variance(norm, power[:, 0], grid),
             dead.to(norm.dtype).mean(dim=1, keepdim=True),
         ]
         if self._lines:
-            joint.append(self._over_channels((amplitude + self.eps).log(), dead))
+            joint.append(self._over_channels((power.sqrt() + self.eps).log(), dead))
         whole = {}
         if self._needs_plane:
             half = torch.cat([p.plane for p in group])
@@ -497,16 +498,10 @@ class MapReducer:
         return (logs * alive).sum(dim=2) / alive.sum(dim=2)
 
 
-def _magnitude(line: Tensor) -> Tensor:
-    """√(re² + im²) of (B, 2F, C), real parts first: (B, F, C).  In vector arithmetic, as hypot is not."""
-    real, imaginary = line.chunk(2, dim=1)
-    return torch.addcmul(real.square(), imaginary, imaginary).sqrt_()
-
-
-def _mean_variance(norm: Tensor, sums: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Unbiased variance over positions, mean over channels, (B, 1); from the norm (B,) and |Σz| (B, C)."""
-    channels, positions = sums.shape[1], grid[0] * grid[1]
-    deviations = norm.square() - sums.square().sum(dim=1) / positions
+def _mean_variance(norm: Tensor, squared_sums: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Unbiased variance over positions, mean over channels, (B, 1); from the norm (B,) and |Σz|² (B, C)."""
+    channels, positions = squared_sums.shape[1], grid[0] * grid[1]
+    deviations = norm.square() - squared_sums.sum(dim=1) / positions
     return (deviations / (channels * max(positions - 1, 1))).clamp_min(0).unsqueeze(1)
 
 
