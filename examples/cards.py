@@ -14,7 +14,8 @@ from fourierbias.training.bootstrap import AGENT, Bootstrap
 
 INTRODUCTION = """# The checkpoints that ship
 
-Made from this file's commands, by `make checkpoints DATA=cifar10`, and shown by `fourierbias plot --compare`.
+Made by the commands below, and shown by `fourierbias plot --compare`; `make checkpoints DATA=cifar10` makes
+the whole set by the recipe of today.
 Accuracies are those of the last epoch on the test images, never of the best one; they are recomputed by
 `fourierbias evaluate checkpoints/*.ckpt --data DATA`. CIFAR-10 (JPEG) is CIFAR-10 with every image stored as
 a JPEG of quality 75: numbers made from it are not comparable with published CIFAR-10 figures. `DATA` is its

@@ -373,7 +373,10 @@ def test_resume_across_a_switch_ends_with_the_same_bits(data, tmp_path, schedule
     assert rows_of(tmp_path / "a.layers.csv") == rows_of(tmp_path / "whole.layers.csv")
 
 
-def test_a_switch_is_smooth_logged_and_followed_by_optimiser_and_average(data, tmp_path):
+@pytest.mark.parametrize(
+    ("opt", "moment", "kept"), [("nmuon", "momentum_buffer", 0.95), ("adamw", "exp_avg", 0.9)]
+)
+def test_a_switch_is_smooth_logged_and_followed_by_optimiser_and_average(data, tmp_path, opt, moment, kept):
     seen = []
 
     def watch(trainer):
@@ -384,6 +387,7 @@ def test_a_switch_is_smooth_logged_and_followed_by_optimiser_and_average(data, t
         assert averaged.keys() == trainer.learner.state_dict().keys()
         if trainer.updates_done == STEPS:
             seen.append({key: value.clone() for key, value in averaged.items()})
+            seen.append(momentum(trainer).clone())
         if trainer.updates_done == STEPS + 1:  # the first step after the switch
             last = seen[0]["model.layer3.0.conv1.weight"]
             moved = (averaged["model.layer3.0.conv1.weight"] - last).abs().max()
@@ -394,10 +398,18 @@ def test_a_switch_is_smooth_logged_and_followed_by_optimiser_and_average(data, t
             assert gates[0]["weight_decay"] == 0.0
             assert gates[0]["lr"] == pytest.approx(10 * groups[0]["lr"])
             assert [p.shape for p in gates[0]["params"]] == [(9,)] * 4
-            moments = trainer.optimizer.state[trainer.learner.networks[""].layer3[0].conv1.weight]
-            assert moments["step"] == STEPS + 1
+            # The momentum went on from what it was: a new one would be the last gradient's share alone.
+            share = (
+                torch.linalg.vecdot(momentum(trainer).flatten(), seen[1].flatten()) / seen[1].square().sum()
+            )
+            assert share > 0.5 * kept
 
-    result = prs(data, tmp_path / "a.ckpt", "uniform:1", recipe={"gate_lr": 10.0}, on_step=[watch])
+    def momentum(trainer):
+        weight = trainer.learner.networks[""].layer3[0].conv1.weight
+        return trainer.optimizer.state[weight][moment]
+
+    recipe = {"gate_lr": 10.0, "opt": opt}
+    result = prs(data, tmp_path / "a.ckpt", "uniform:1", recipe=recipe, on_step=[watch])
     assert [len(row["switched"].split()) for row in result.history] == [0, 4, 0]
     assert 0 <= result.history[1]["logit_change"] < 1e-4
     rows = rows_of(tmp_path / "a.layers.csv", without=())
