@@ -63,7 +63,7 @@ def main(data, output, runs, quick, seeds, change, epochs, fraction):
     for seed in range(seeds):
         for share in (*SHARES, None):
             # At the ends these are the schedules by which other experiments know the same trainings.
-            schedule = {None: None, 0.0: "attention", 1.0: "conv"}.get(share, f"uniform:{share:.0%}")
+            schedule = {0.0: "attention", 1.0: "conv"}.get(share, share and f"uniform:{share:.0%}")
             recipe = Recipe(**{**options, "seed": seed, "schedule": schedule})
             arch = "vit" if share is None else "prs"
             about = {"model": arch if share is None else f"prs-{share:.0%}", "switch": share, "seed": seed}
