@@ -403,10 +403,14 @@ def test_a_switch_is_smooth_logged_and_followed_by_optimiser_and_average(data, t
                 torch.linalg.vecdot(momentum(trainer).flatten(), seen[1].flatten()) / seen[1].square().sum()
             )
             assert share > 0.5 * kept
+            if opt == "adamw":
+                assert state(trainer)["step"] == STEPS + 1
+
+    def state(trainer):
+        return trainer.optimizer.state[trainer.learner.networks[""].layer3[0].conv1.weight]
 
     def momentum(trainer):
-        weight = trainer.learner.networks[""].layer3[0].conv1.weight
-        return trainer.optimizer.state[weight][moment]
+        return state(trainer)[moment]
 
     recipe = {"gate_lr": 10.0, "opt": opt}
     result = prs(data, tmp_path / "a.ckpt", "uniform:1", recipe=recipe, on_step=[watch])
