@@ -116,11 +116,11 @@ def main():
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--worker", nargs=3, metavar=("WHAT", "CASE", "NUMBER"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs="+", metavar="WHAT CASE ROUNDS", help=argparse.SUPPRESS)
     options = parser.parse_args()
     rounds = 1 if options.quick else options.rounds
     if options.worker:
-        what, case, number = options.worker
+        what, case, *count = options.worker
         if what in ("memory", "malloc"):
             from fourierbias._malloc import keep_memory
 
@@ -128,13 +128,13 @@ def main():
         if what == "memory":
             result = peak_memory(case)
         else:
-            result = measure(case, int(number))
+            result = measure(case, int(*count))
         print(json.dumps(result))
         return
     if options.memory:
         print("| model | peak at 64 images, MB | at 512 | ratio |\n|---|---|---|---|")
         for case in CASES:
-            pairs = [in_process("--worker", "memory", case, "0") for _ in range(1 if options.quick else 3)]
+            pairs = [in_process("--worker", "memory", case) for _ in range(1 if options.quick else 3)]
             few, many = sorted(pairs, key=lambda pair: pair[1] / pair[0])[len(pairs) // 2]
             print(f"| {case} | {few:.0f} | {many:.0f} | {many / few:.3f} |", flush=True)
         return
