@@ -116,6 +116,22 @@ def test_the_command_line_resumes_a_stopped_training_to_the_same_bits(typed, sch
         assert all((a[layer].log_amplitude == b[layer].log_amplitude).all() for layer in a)
 
 
+def test_heads_are_averages_after_every_step(tmp_path):
+    seen = []
+
+    def look(run):
+        layers = reparam_layers(run.learner.networks[""]).values()
+        seen.append(torch.cat([layer.gate.detach().clone() for layer in layers]))
+
+    recipe = Recipe(**RECIPE, schedule="attention")
+    train("prs", "photos", tmp_path / "prs.ckpt", recipe, on_step=[look], progress=False)
+    gates = torch.stack(seen)
+    assert gates.min() == 0  # some wanted to go below
+    assert 0 < gates.max() <= 1
+    stopped = gates[:-1] == 0
+    assert (gates[1:][stopped] > 0).any()  # and came back
+
+
 def test_a_recast_network_of_timm_trains_from_the_command_line(typed):
     size = ("--epochs", 1, "--fraction", 0.02, "--holdout", 32, "--batch-size", 16, "--image-size", 32)
     typed("train", "resnet10t", "--recast", "layer4.*", *size, "-o", "net.ckpt")

@@ -165,6 +165,19 @@ def test_gate_opens_first_then_queries_and_keys_learn():
     assert layer.key.grad.abs().max() > 0
 
 
+def test_bounds_are_those_of_the_linear_gate_alone():
+    values = torch.tensor([-2.0, -0.0, 0.25, 1.0, 1.5], dtype=torch.float64).repeat(2)[:9]
+    for gate, expected in (("linear", values.clamp(0, 1)), ("sigmoid", values)):
+        layer, _ = make(CASES[0], gate=gate)
+        with torch.no_grad():
+            layer.gate.copy_(values)
+        layer.bound_gate()
+        assert torch.equal(layer.gate, expected)
+    convolution = ReparamConv2d(4, 4, 3, padding=1)
+    convolution.bound_gate()
+    assert not convolution.is_attention
+
+
 @pytest.mark.parametrize(
     ("locality", "leak"),  # one minus the mass on the wanted token
     [(0.5, 0.84), (1, 0.68), (2, 0.38), (4, 6.9e-2), (6, 9.8e-3), (8, 1.3e-3), (10, 1.8e-4), (16, 4.5e-7)],

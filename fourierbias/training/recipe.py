@@ -33,9 +33,9 @@ class Recipe:
 
     epochs: int = 30
     batch_size: int = 128
-    lr: float = 1e-2
+    lr: float = 1.5e-2
     weight_decay: float = 0.05
-    warmup_epochs: float = 2.0
+    warmup_epochs: float = 1.0
     min_lr: float = 1e-5
     smoothing: float = 0.1
     mixup: float = 0.0

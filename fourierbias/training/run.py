@@ -187,6 +187,8 @@ class Run:
         weight = len(images) * world_size() / sums["images"]
         (loss * weight.to(loss.dtype)).backward()
         self.optimizer.step()
+        for layer in reparam_layers(self.learner.networks[""]).values():
+            layer.bound_gate()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(self.learner, step=number + 1)
         self.sums = {name: self.sums.get(name, 0.0) + value for name, value in sums.items()}
