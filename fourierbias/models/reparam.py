@@ -335,9 +335,9 @@ class ReparamConv2d(nn.Conv2d):
 
         ``linear`` gate (ours; the default): A = A_pos + g (A_content - A_pos) for every head, g at first
         ``gate_init`` = 0: exact and trainable, for dL/dg is of order 1 there, and query and key get gradient
-        from the second step on; whoever trains it keeps it an average by `bound_gate`. ``sigmoid`` (ConViT's):
-        A = (1 - s) A_content + s A_pos with s = σ(λ) and λ at first ``gate_init`` = 1; it starts off the
-        convolution by about 1 - s of the output (0.27 at λ = 1, 0.018 at 4, 4.5e-5 at 10), and the closer it
+        from the second step on; training calls `bound_gate`, which keeps heads averages. ``sigmoid``
+        (ConViT's): A = (1 - s) A_content + s A_pos with s = σ(λ) and λ at first ``gate_init`` = 1; it starts
+        off the convolution by about 1 - s of the output (0.27 at λ = 1, 0.018 at 4, 4.5e-5 at 10), and the closer it
         starts the less it can learn.
 
         ``locality`` α makes A_pos a softmax of -α |δ - Δ|²; infinite is exact, and finite it leaves the
@@ -410,9 +410,9 @@ class ReparamConv2d(nn.Conv2d):
     def bound_gate(self) -> None:
         """Put the linear gate back into 0 … 1, so that heads are averages; for after a step of an optimiser.
 
-        Left free, gates go below 0: queries and keys are almost alike at first, content is then the mean of
-        all tokens, and a network gains by subtracting it, which no attention does. A gate that is stopped at
-        0 can still open, where one clamped in the forward pass would have no gradient any more.
+        Left free, layers of `prs` went to a mean of -0.7: their heads subtract content, which no attention
+        does. A gate that is stopped at 0 can still open, where one clamped in the forward pass would have no
+        gradient any more.
 
         >>> layer = ReparamConv2d(4, 4, 3, padding=1).reparameterize(gate_init=-0.5)
         >>> layer.bound_gate()
