@@ -337,8 +337,8 @@ class ReparamConv2d(nn.Conv2d):
         ``gate_init`` = 0: exact and trainable, for dL/dg is of order 1 there, and query and key get gradient
         from the second step on; training calls `bound_gate`, which keeps heads averages. ``sigmoid``
         (ConViT's): A = (1 - s) A_content + s A_pos with s = σ(λ) and λ at first ``gate_init`` = 1; it starts
-        off the convolution by about 1 - s of the output (0.27 at λ = 1, 0.018 at 4, 4.5e-5 at 10), and the closer it
-        starts the less it can learn.
+        off the convolution by about 1 - s of the output (0.27 at λ = 1, 0.018 at 4, 4.5e-5 at 10), and the
+        closer it starts the less it can learn.
 
         ``locality`` α makes A_pos a softmax of -α |δ - Δ|²; infinite is exact, and finite it leaves the
         convolution by about 4.6 exp(-α) of the output (0.078 at α = 4, 2.1e-4 at 10). ``head_dim`` d is the
