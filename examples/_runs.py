@@ -5,14 +5,16 @@ import csv
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import click
 import matplotlib
 import numpy as np
 import torch
+from filelock import FileLock
 from matplotlib.figure import Figure
+from scipy.stats import ttest_ind
 from timm.data import resolve_data_config
 from timm.models import get_pretrained_cfg
 
@@ -80,18 +82,24 @@ def experiment(function: Callable) -> click.Command:
     return click.command(help=function.__doc__)(program)
 
 
-def settings(defaults: dict, change: tuple[str, ...], **given) -> dict:
-    """Settings of a recipe: ``defaults``, changed by texts like ``lr=0.002`` and by whatever is not None."""
+def settings(defaults: dict, change: tuple[str, ...], own: Sequence[str] = (), **given) -> dict:
+    """Settings of a recipe: ``defaults``, changed by texts like ``lr=0.002`` and by whatever is not None.
+
+    What is ``given``, and names in ``own``, the program sets itself: a text for one of these is an error.
+    """
     changed = {}
+    given = {name: value for name, value in given.items() if value is not None}
     for text in change:
         name, _, value = text.partition("=")
         if not value or name not in Recipe().as_dict():
             raise FourierBiasError(f"{text!r} is no NAME=VALUE with the name of a recipe's setting")
+        if name in given or name in own:
+            raise FourierBiasError(f"{text!r}: this program sets {name} itself; see --help")
         try:
             changed[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             changed[name] = value
-    return {**defaults, **changed, **{name: value for name, value in given.items() if value is not None}}
+    return {**defaults, **changed, **given}
 
 
 # ---------------------------------------------------------------------------------------- kept on the disk
@@ -101,6 +109,7 @@ class Table:
     """A CSV file that grows by the rows of one training at a time; what is in it is not made again.
 
     So an experiment that was stopped goes on where only its table is left, too, without the trainings.
+    Several programs may write to one table.
     """
 
     def __init__(self, path: Path) -> None:
@@ -110,8 +119,12 @@ class Table:
     def of(self, run: str, make: Callable[[], Iterable[dict]]) -> list[dict]:
         """The rows of a training by its name: found in the file, or made and written to it."""
         if not any(row["run"] == run for row in self.rows):
-            write_csv(self.path, [*self.rows, *({"run": run, **row} for row in make())])
-            self.rows = read_table(self.path)  # with the digits that the file has, whenever they are read
+            made = [{"run": run, **row} for row in make()]
+            with FileLock(self.path.with_suffix(".lock")):
+                there = read_table(self.path) if self.path.exists() else []
+                if not any(row["run"] == run for row in there):
+                    write_csv(self.path, [*there, *made])
+                self.rows = read_table(self.path)  # with the digits that the file has, whenever they are read
         return [row for row in self.rows if row["run"] == run]
 
 
@@ -173,13 +186,20 @@ def trained(folder: Path, arch: str, source: str, recipe: Recipe) -> Path:
     ``arch`` is a network's name, or vit-bootstrapped.
     """
     path = folder / f"{run_name(arch, source, recipe)}.ckpt"
-    if not path.exists() or path.with_suffix(".state").exists():
-        click.echo(f"Training {path}")
-        network, _, bootstrapped = arch.partition("-")
-        learner = bootstrap("joint") if bootstrapped else None
-        train(network, data_of(source, recipe), path, recipe, learner=learner, resume=True)
-        path.with_suffix(".best.ckpt").unlink()  # what counts is the last epoch
+    if unfinished(path):
+        with FileLock(path.with_suffix(".lock")):  # another program may be at the same training
+            if unfinished(path):
+                click.echo(f"Training {path}")
+                network, _, bootstrapped = arch.partition("-")
+                learner = bootstrap("joint") if bootstrapped else None
+                train(network, data_of(source, recipe), path, recipe, learner=learner, resume=True)
+                path.with_suffix(".best.ckpt").unlink()  # what counts is the last epoch
     return path
+
+
+def unfinished(path: Path) -> bool:
+    """Whether there is no checkpoint, or one that is still being trained."""
+    return not path.exists() or path.with_suffix(".state").exists()
 
 
 def captured(
@@ -211,6 +231,15 @@ def mean_and_spread(values: np.ndarray, alone: np.ndarray | float = np.nan) -> t
     """Mean and standard deviation over seeds, the last axis; for a single seed ``alone`` is the spread."""
     mean = values.mean(axis=-1)
     return mean, values.std(axis=-1, ddof=1) if values.shape[-1] > 1 else np.broadcast_to(alone, mean.shape)
+
+
+def difference(values: np.ndarray, others: np.ndarray) -> tuple[float, float, float]:
+    """Difference of two means over seeds, its standard error, and Welch's p; nan for a single seed."""
+    gain = values.mean() - others.mean()
+    if min(len(values), len(others)) < 2:
+        return gain, np.nan, np.nan
+    doubt = np.sqrt(sum(group.var(ddof=1) / len(group) for group in (values, others)))
+    return gain, doubt, ttest_ind(values, others, equal_var=False).pvalue if doubt else float(gain == 0)
 
 
 def digest(*parts) -> str:

@@ -95,7 +95,8 @@ def draw(rows):
     models = list(dict.fromkeys(model for model, _ in names))
     for place, name in enumerate(names):
         values = np.array([row["accuracy"] for row in rows if (row["model"], row["settings"]) == name])
-        error = np.sqrt(values.mean() * (1 - values.mean()) / (rows[0]["holdout"] * len(values)))
+        # However many seeds: all are evaluated on the same images.
+        error = np.sqrt(values.mean() * (1 - values.mean()) / rows[0]["holdout"])
         ax.barh(place, 100 * values.mean(), xerr=100 * error, color=f"C{models.index(name[0])}", alpha=0.7)
     ax.set_yticks(range(len(names)), [f"{model}: {text}" for model, text in names])
     ax.invert_yaxis()

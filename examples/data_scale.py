@@ -21,7 +21,18 @@ from itertools import pairwise
 
 import click
 import numpy as np
-from _runs import Table, data_of, experiment, mean_and_spread, over_updates, run_name, save, settings, trained
+from _runs import (
+    Table,
+    data_of,
+    difference,
+    experiment,
+    mean_and_spread,
+    over_updates,
+    run_name,
+    save,
+    settings,
+    trained,
+)
 from matplotlib.figure import Figure
 
 from fourierbias.models.checkpoint import read_checkpoint
@@ -40,6 +51,7 @@ MODELS = {
     "vit": ("vit", None, "C3", "P-"),
 }
 SHARES = (0.01, 0.05, 0.1, 0.3, 1.0)
+OWN = ("fraction", "schedule", "seed", "epochs", "warmup_epochs", "evaluate_every")  # no --change of these
 
 
 @experiment
@@ -49,24 +61,27 @@ SHARES = (0.01, 0.05, 0.1, 0.3, 1.0)
 def main(data, output, runs, quick, seeds, change, images_seen, shares):
     """Accuracy of networks between a CNN and a ViT against the share of the training images."""
     # So few steps need small batches, and gates that open faster than at the common learning rate.
-    options = settings({"batch_size": 16, "gate_lr": 10.0} if quick else {}, change)
+    options = settings({"batch_size": 16, "gate_lr": 10.0} if quick else {}, change, OWN)
     images_seen = images_seen or (960 if quick else 100_000)
     rows, kept = [], Table(output / "data_scale.csv")
     for share in sorted(shares or ((0.01, 0.03, 0.1) if quick else SHARES)):
         for model, (arch, schedule, *_) in MODELS.items():
             recipe = Recipe(**{**options, "fraction": share, "schedule": schedule})
             for seed in range(seeds):
-                rows += accuracy_row(model, arch, data, replace(recipe, seed=seed), images_seen, runs, kept)
+                rows += accuracy_row(
+                    model, arch, data, replace(recipe, seed=seed), images_seen, runs, kept, change
+                )
     found = [row for model in MODELS if model != "cnn" for row in crossings(rows, model)]
     write_csv(
-        output / "data_scale-crossings.csv", found or [dict.fromkeys(("model", "share", "from_there_on"))]
+        output / "data_scale-crossings.csv",
+        found or [dict.fromkeys(("model", "share", "from_there_on", "certain"))],
     )
     report(rows, found)
     save(draw(rows, found), output / "data_scale.png")
 
 
-def accuracy_row(model, arch, data, recipe, images_seen, runs, kept):
-    """Test accuracy of a network after as many epochs as show it ``images_seen`` images, as one row."""
+def accuracy_row(model, arch, data, recipe, images_seen, runs, kept, change=()):
+    """Accuracy of a network after as many epochs as show it ``images_seen`` images, as one row."""
     count = len(data_of(data, recipe, listed=True).train)
     epochs, seen = epochs_for(count, recipe, images_seen)
     recipe = replace(recipe, **over_updates(epochs))
@@ -74,10 +89,16 @@ def accuracy_row(model, arch, data, recipe, images_seen, runs, kept):
     def measured():
         about = {"model": model, "share": recipe.fraction, "train_images": count}
         about |= {"epochs": epochs, "images_seen": seen, "seed": recipe.seed}
+        about |= {"changed": " ".join(change), "evaluated_on": evaluated_on(recipe)}
         checkpoint = read_checkpoint(trained(runs, arch, data, recipe))
         return [{**about, "accuracy": checkpoint.metrics["test_accuracy"]}]
 
     return kept.of(run_name(arch, data, recipe), measured)
+
+
+def evaluated_on(recipe):
+    """Which images an accuracy is of."""
+    return f"{recipe.holdout} held-out images" if recipe.holdout else "test images"
 
 
 def epochs_for(count, recipe, images_seen):
@@ -96,13 +117,22 @@ def accuracies(rows, model):
 
 
 def crossings(rows, model):
-    """Shares at which a model passes the CNN or falls below it, by lines over the logarithm of the share."""
+    """Shares at which a model passes the CNN or falls below it, by lines over the logarithm of the share.
+
+    A crossing is ``certain`` where the differences on both of its sides are, at p < 0.05.
+    """
     shares, values = accuracies(rows, model)
-    gains, logs = (values - accuracies(rows, "cnn")[1]).mean(axis=1), np.log(shares)
-    for (before, after), (left, right) in zip(pairwise(gains), pairwise(logs), strict=True):
-        if (before < 0) != (after < 0):
-            share = np.exp(left + (right - left) * before / (before - after))
-            yield {"model": model, "share": float(share), "from_there_on": "below" if after < 0 else "above"}
+    found = [difference(*pair) for pair in zip(values, accuracies(rows, "cnn")[1], strict=True)]
+    for (before, after), (left, right) in zip(pairwise(found), pairwise(np.log(shares)), strict=True):
+        if (before[0] < 0) != (after[0] < 0):
+            share = np.exp(left + (right - left) * before[0] / (before[0] - after[0]))
+            direction, certain = "below" if after[0] < 0 else "above", max(before[2], after[2]) < 0.05
+            yield {
+                "model": model,
+                "share": float(share),
+                "from_there_on": direction,
+                "certain": bool(certain and not np.isnan(before[2] + after[2])),
+            }
 
 
 def report(rows, found):
@@ -118,6 +148,7 @@ def report(rows, found):
     for model in list(MODELS)[1:]:
         own = [
             f"{row['from_there_on']} it from a share of {row['share']:.2g} on"
+            + ("" if row["certain"] else " (uncertain)")
             for row in found
             if row["model"] == model
         ]
@@ -138,8 +169,8 @@ def draw(rows, found):
             ax.errorbar(shares, mean, std, fmt=line, color=color, markersize=4, capsize=2, label=model)
         for row in (row for row in found if row["model"] == model):
             right.plot(row["share"], 0, "o", fillstyle="none", markersize=9, color=color)
-    left.set_ylabel("test accuracy (%)")
-    right.set_ylabel("test accuracy minus the CNN's (points)")
+    left.set_ylabel(f"accuracy (%) on {rows[0]['evaluated_on']}")
+    right.set_ylabel("accuracy minus the CNN's (points)")
     for ax in (left, right):
         ax.set(xscale="log", xlabel="share of the training images")
         ax.set_xticks(shares, [f"{100 * share:g} %" for share in shares])

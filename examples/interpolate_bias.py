@@ -51,7 +51,8 @@ QUICK = {"fraction": 0.2, "batch_size": 32, "gate_lr": 10.0}
 def main(data, output, runs, quick, seeds, change, epochs, fraction):
     """Spectra of a network that switches earlier or later, between those of a CNN and a ViT."""
     same = over_updates(epochs or (4 if quick else 20))
-    options = settings({**same, **(QUICK if quick else {})}, change, fraction=fraction)
+    own = ("schedule", "seed", "epochs", "fraction")
+    options = settings({**same, **(QUICK if quick else {})}, change, own, fraction=fraction)
 
     def measured(about, arch, recipe):
         path = trained(runs, arch, data, recipe)
@@ -101,11 +102,12 @@ def correlations(rows):
     found = []
     for i, depth in enumerate(depths):
         layer = [row for row in rows if row["switch"] is not None and row["depth"] == depth]
-        rho = spearmanr([row["switch"] for row in layer], [row["response"] for row in layer]).statistic
+        rho, p = spearmanr([row["switch"] for row in layer], [row["response"] for row in layer])
         towards = np.sign(cnn[i] - vit[i])
         steps = np.diff(means[:, i]) * towards
         verdict = {"towards_cnn": bool(rho * towards > 0), "every_step": bool((steps > 0).all())}
         numbers = {"vit": vit[i], "attention": means[0, i], "cnn": cnn[i], "rank_correlation": float(rho)}
+        numbers["p_value"] = float(p)
         place = {key: layer[0][key] for key in ("layer", "depth", "kind")}
         found.append({**place, **numbers, "runs": len(layer), **verdict})
     return found
@@ -126,7 +128,11 @@ def report(rows, found):
             f"{row['cnn']:6.2f} {row['rank_correlation']:12.2f}  {said}"
         )
     towards, every = (sum(row[key] for row in found) for key in ("towards_cnn", "every_step"))
-    print(f"Towards the CNN at {towards} of {len(found)} depths, at every step at {every}.")
+    clear = sum(row["towards_cnn"] and row["p_value"] < 0.05 for row in found)
+    print(
+        f"Towards the CNN at {towards} of {len(found)} depths, with p < 0.05 at {clear}, "
+        f"at every step at {every}."
+    )
 
 
 def draw(rows, found):

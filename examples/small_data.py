@@ -18,8 +18,8 @@ one that is done only draws again, and more seeds are added to what is there.
 
 import click
 import numpy as np
-from _runs import Table, experiment, mean_and_spread, save, settings
-from data_scale import MODELS, accuracy_row
+from _runs import Table, difference, experiment, mean_and_spread, save, settings
+from data_scale import MODELS, OWN, accuracy_row
 from matplotlib.figure import Figure
 
 from fourierbias.training import Recipe
@@ -41,7 +41,7 @@ PROPOSED, CONTROLS = "prs-late-first", ("cnn", "prs-attention", "prs-uniform-hal
 def main(data, output, runs, quick, seeds, change, others, images_seen, share):
     """Accuracy of prs with five schedules, and of transformers, on a share of the training images."""
     # So few steps need small batches, and gates that open faster than at the common learning rate.
-    options = settings({"batch_size": 16, "gate_lr": 10.0} if quick else {}, change, fraction=share)
+    options = settings({"batch_size": 16, "gate_lr": 10.0} if quick else {}, change, OWN, fraction=share)
     images_seen = images_seen or (960 if quick else 300_000)
     kept, rows = Table(output / "small_data.csv"), []
     # Seed by seed, so that whatever is there when this is stopped can be compared.
@@ -49,7 +49,7 @@ def main(data, output, runs, quick, seeds, change, others, images_seen, share):
         for model, (arch, schedule, *_) in ALL.items():
             if seed < (others if model in OTHERS else seeds):
                 recipe = Recipe(**{**options, "schedule": schedule, "seed": seed})
-                rows += accuracy_row(model, arch, data, recipe, images_seen, runs, kept)
+                rows += accuracy_row(model, arch, data, recipe, images_seen, runs, kept, change)
     accuracies = {name: [row["accuracy"] for row in rows if row["model"] == name] for name in ALL}
     accuracies = {name: 100 * np.array(values) for name, values in accuracies.items() if values}
     report(accuracies)
@@ -63,22 +63,14 @@ def report(accuracies):
         spread = f" ± {std:4.2f}" if len(values) > 1 else "       "
         print(f"{model:<17} {mean:6.2f}{spread} %  ({len(values)} seed{'s'[: len(values) > 1]})")
     for control in CONTROLS:
-        gain, doubt = difference(accuracies[PROPOSED], accuracies[control])
-        known = f" ± {doubt:.2f}" if np.isfinite(doubt) else ""
-        print(f"{PROPOSED} minus {control}: {gain:+.2f}{known} points: {verdict(gain, doubt)}")
+        gain, doubt, p = difference(accuracies[PROPOSED], accuracies[control])
+        known = f" ± {doubt:.2f} points, p = {p:.2g}" if np.isfinite(doubt) else " points"
+        print(f"{PROPOSED} minus {control}: {gain:+.2f}{known}: {verdict(gain, p)}")
 
 
-def difference(values, others):
-    """Difference of two means, and its standard error from the spread over seeds (nan for one seed)."""
-    doubt = np.nan
-    if min(len(values), len(others)) > 1:
-        doubt = np.sqrt(sum(group.var(ddof=1) / len(group) for group in (values, others)))
-    return values.mean() - others.mean(), doubt
-
-
-def verdict(gain, doubt):
-    """What a difference and its standard error say: two of them are asked for."""
-    if not abs(gain) > 2 * doubt:
+def verdict(gain, p):
+    """What a difference and its p (Welch's test over seeds) say; 0.05 is asked for."""
+    if not p < 0.05:
         return "not decidable with these seeds"
     return "better" if gain > 0 else "worse"
 
@@ -96,7 +88,8 @@ def draw(accuracies, about):
     ax.grid(axis="x", color="0.9")
     ax.set_axisbelow(True)
     ax.set_xlabel(
-        f"test accuracy (%) after {about['epochs']} epochs of {about['train_images']} images\n"
+        f"accuracy (%) on {about['evaluated_on']} after {about['epochs']} epochs of "
+        f"{about['train_images']} images\n"
         "dots: one training each, by seed; bars: means"
     )
     return figure

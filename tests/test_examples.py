@@ -65,6 +65,9 @@ def test_crossings_are_interpolated_in_the_logarithm_of_the_share(module, gains,
     found = list(module("data_scale").crossings(rows, "vit"))
     assert [row["from_there_on"] for row in found] == [direction for _, direction in expected]
     assert [row["share"] for row in found] == pytest.approx([share for share, _ in expected])
+    assert all(row["certain"] == (0.0 not in gains) for row in found)
+    alone = module("data_scale").crossings([row for row in rows if row["seed"] == 0], "vit")
+    assert not any(row["certain"] for row in alone)
 
 
 def responses(example, change, seeds=2):
@@ -120,17 +123,20 @@ def test_a_claim_agrees_where_all_of_its_evidence_does(module, capsys):
 @pytest.mark.parametrize(
     ("values", "others", "expected"),
     [
-        ([62.0, 64.0], [60.0, 60.0], (3.0, 1.0, "better")),
-        ([62.0, 64.0], [62.0, 62.0], (1.0, 1.0, "not decidable with these seeds")),
-        ([60.0, 60.0], [62.0, 64.0], (-3.0, 1.0, "worse")),
-        ([62.0], [60.0, 60.0], (2.0, None, "not decidable with these seeds")),
+        # Two values 2 apart on each side: standard error 2^½, two degrees of freedom, t = 5·2^½ and 3 / 2^½.
+        ([70.0, 72.0], [60.0, 62.0], (10.0, 2**0.5, 0.01942, "better")),
+        ([60.0, 62.0], [70.0, 72.0], (-10.0, 2**0.5, 0.01942, "worse")),
+        ([63.0, 65.0], [60.0, 62.0], (3.0, 2**0.5, 0.16794, "not decidable with these seeds")),
+        ([62.0, 62.0], [60.0, 60.0], (2.0, 0.0, 0.0, "better")),
+        ([60.0, 60.0], [60.0, 60.0], (0.0, 0.0, 1.0, "not decidable with these seeds")),
+        ([62.0], [60.0, 60.0], (2.0, np.nan, np.nan, "not decidable with these seeds")),
     ],
 )
 def test_a_difference_is_held_against_its_standard_error(module, monkeypatch, values, others, expected):
     example = module("small_data")
-    gain, doubt = example.difference(np.array(values), np.array(others))
-    assert (gain, None if np.isnan(doubt) else doubt) == pytest.approx(expected[:2])
-    assert example.verdict(gain, doubt) == expected[2]
+    gain, _, p = found = example.difference(np.array(values), np.array(others))
+    assert found == pytest.approx(expected[:3], rel=1e-3, nan_ok=True)
+    assert example.verdict(gain, p) == expected[3]
 
 
 def test_a_table_makes_every_training_once_and_reads_as_it_was_written(module, tmp_path):
@@ -172,6 +178,10 @@ def test_settings_of_a_recipe_are_changed_by_texts(module):
     for text in ("lr", "lr=", "rate=1"):
         with pytest.raises(FourierBiasError, match=text):
             settings({}, (text,))
+    for own in ({"own": ("schedule",)}, {"schedule": "conv"}):
+        with pytest.raises(FourierBiasError, match="'schedule=attention': this program sets schedule itself"):
+            settings({}, ("schedule=attention",), **own)
+    assert settings({}, ("fraction=0.5",), fraction=None) == {"fraction": 0.5}
 
 
 def test_a_card_has_the_command_that_made_the_checkpoint(module):

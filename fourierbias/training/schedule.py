@@ -55,7 +55,8 @@ class Schedule:
 
         * ``conv``: never; ``attention``: from the start; ``uniform:E``: all after E epochs.
         * ``late-first`` (PRS): linear, the last layer first; ``late-first:A-B`` from A epochs (the last
-          layer) to B (the first). Left out, they are 0 and E·(L - 1)/L for L layers and E epochs.
+          layer) to B (the first). Left out, they are 0 and E·(L - 1)/L for L layers and E epochs, at most
+          E - 1, so that every layer is attention in the end.
         * ``early-first``: its mirror, the first layer first.
         * ``layer4.*=0,layer3.*=10``: names or glob patterns, each with its epochs; a layer has the last one
           that fits it, others never switch.
@@ -141,7 +142,7 @@ def _preset(text: str, count: int, epochs: int) -> list[int | None]:
         case "uniform", True:
             return [round_half_up(_epochs(argument, text, epochs))] * count
         case "late-first" | "early-first", _:
-            first, last = 0.0, epochs * (count - 1) / count
+            first, last = 0.0, min(epochs * (count - 1) / count, epochs - 1)
             if argument:
                 first, last = _ends(argument, text, epochs)
             times = linear(first, last, count)
