@@ -257,7 +257,7 @@ def test_all_processes_end_with_the_same_weights(found, scenario):
 def test_prs_switches_on_the_way(found, folder):
     with open(folder / "prs.csv") as file:
         switched = [row["switched"].split() for row in csv.DictReader(file)]
-    assert [len(names) for names in switched] == [1, 2]
+    assert [len(names) for names in switched] == [2, 2]  # all four, in the last epoch at the latest
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
