@@ -294,25 +294,28 @@ class Recorder:
         self.skipped: dict[str, str] = {}
         self.repeated: dict[str, int] = {}
         self.values: dict[str, Any] = {}
-        self._forms: dict[tuple[str, tuple[int, ...]], Form | str] = {}
+        self._forms: dict[torch.Size, Form | str] = {}
         self._counts: dict[str, int] = {}
         self._batch = 0
-        self._grids, self._pyramid = _model_grids(model, input_size), _pyramid_grids(input_size)
-        self._prefix = _prefix_tokens(model)
-        self._blocked = _blocked_grids(model)
+        modules = list(model.modules())  # a walk through them costs about as much as a hook
+        self._grids, self._pyramid = _model_grids(model, modules, input_size), _pyramid_grids(input_size)
+        self._prefix = _prefix_tokens(model, modules)
+        self._blocked = _blocked_grids(modules)
         self._reroll = getattr(model, "reroll", None)
 
     def __enter__(self) -> Recorder:
         self._modules = dict(self.model.named_modules())
         self._modes = [(module, module.training) for module in self._modules.values()]
-        self.model.eval()
+        if any(training for _, training in self._modes):
+            self.model.eval()
         self._attach()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._detach()
         for module, training in self._modes:
-            module.training = training
+            if module.training != training:
+                module.training = training
 
     def forward(self, images: Tensor) -> dict[str, Any]:
         """Run ``model`` on ``images`` (B, C, H, W) and return what ``reduce`` made of each layer."""
@@ -419,10 +422,10 @@ class Recorder:
         return "its output holds no tensor" if tensor is None else self._cached_form(tensor)
 
     def _cached_form(self, x: Tensor) -> Form | str:
-        key = tuple(x.shape)
-        if key not in self._forms:
-            self._forms[key] = self._form(x)
-        return self._forms[key]
+        form = self._forms.get(x.shape)
+        if form is None:
+            form = self._forms[x.shape] = self._form(x)
+        return form
 
     def _in_raster_order(self, probe: Probe, output: Any) -> Any:
         """Hiera's tokens, which it keeps in the order of its mask units, put back by its own `reroll`."""
@@ -510,10 +513,12 @@ def _said(module: nn.Module, name: str) -> Any:
     return None
 
 
-def _model_grids(model: nn.Module, input_size: tuple[int, int]) -> list[tuple[int, int]]:
+def _model_grids(
+    model: nn.Module, modules: Sequence[nn.Module], input_size: tuple[int, int]
+) -> list[tuple[int, int]]:
     """Token grids that the model says it has at this input size, most trusted first."""
     grids = []
-    for module in model.modules():
+    for module in modules:
         if _said(module, "dynamic_img_size"):
             embed = _said(module, "patch_embed")
             if hasattr(embed, "dynamic_feat_size"):
@@ -551,17 +556,17 @@ def _pyramid_grids(input_size: tuple[int, int]) -> list[tuple[int, int]]:
     return [grid for grid in dict.fromkeys(grids) if grid[0] * grid[1] > 1]
 
 
-def _prefix_tokens(model: nn.Module) -> int:
+def _prefix_tokens(model: nn.Module, modules: Sequence[nn.Module]) -> int:
     """The largest number of tokens that may stand before those of the image; one where nothing is said."""
     registers = getattr(getattr(model, "config", None), "num_register_tokens", None) or 0
-    said = [_said(module, "num_prefix_tokens") for module in model.modules()]
+    said = [_said(module, "num_prefix_tokens") for module in modules]
     return max((count for count in said if isinstance(count, int)), default=1 + registers)
 
 
-def _blocked_grids(model: nn.Module) -> set[tuple[int, int]]:
+def _blocked_grids(modules: Sequence[nn.Module]) -> set[tuple[int, int]]:
     """(windows, tokens in each) of NesT, whose outputs (B, windows, tokens, C) may pass for channels last."""
     return {
         tuple(module.pos_embed.shape[1:3])
-        for module in model.modules()
+        for module in modules
         if _said(module, "block_size") is not None and isinstance(_said(module, "pos_embed"), Tensor)
     }

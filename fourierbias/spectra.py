@@ -13,6 +13,7 @@ E[(y, x), k] = exp(-iπ f_k (y + x)) the diagonal of all maps at once is X E.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import warnings
@@ -306,7 +307,7 @@ def line_transform(x: Tensor, paths: Sequence[str]) -> Tensor:
     """
     basis = _lines_basis(*x.shape[-2:], tuple(paths), x.dtype, x.device)
     if _channels_innermost(x):
-        return basis.T @ _tokens(x)
+        return torch.bmm(basis.T.expand(len(x), -1, -1), _tokens(x))  # matmul comes to it, by five calls more
     return (x.flatten(2) @ basis).mT
 
 
@@ -432,13 +433,12 @@ class MapReducer:
     def project(self, x: Tensor) -> Projection:
         """The part of the work that reads the maps, for a hook: a few numbers per channel."""
         x = x if x.dtype in (torch.float32, torch.float64) else x.float()
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device.type):
             # The variance needs the sum of each map, the DC bin of any line: ask for one at least.
             line = line_transform(x, self._lines or ("diagonal",)).square_()
             power = torch.add(*line.chunk(2, dim=1))  # here, while all of it is in the cache
-            flat = _tokens(x).flatten(1) if _channels_innermost(x) else x.flatten(1)
             plane = torch.fft.rfft2(x).abs().flatten(2).mT if self._needs_plane else None
-            return Projection(x.shape[-2:], power, torch.linalg.vector_norm(flat, dim=1), plane)
+            return Projection(x.shape[-2:], power, torch.linalg.vector_norm(x, dim=(1, 2, 3)), plane)
 
     def finish(self, projections: Sequence[Projection]) -> list[dict[str, Tensor]]:
         """Per-image vectors of each projection; the layers of one shape are worked on together.
@@ -496,6 +496,13 @@ class MapReducer:
             return logs.mean(dim=2)
         alive = (~dead).to(logs.dtype).unsqueeze(1)
         return (logs * alive).sum(dim=2) / alive.sum(dim=2)
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager:
+    """A context in which products are in the precision of what is multiplied; free where they are already."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _mean_variance(norm: Tensor, squared_sums: Tensor, grid: tuple[int, int]) -> Tensor:
