@@ -53,8 +53,8 @@ def card(path: Path) -> str:
         "seed, epochs": f"{recipe['seed']}, {checkpoint.epoch}",
         "parameters": f"{metrics['parameters']:,}",
         "test accuracy": f"{100 * metrics['test_accuracy']:.2f} %",
-        "training speed": f"{metrics['images_per_second']:.0f} images/s in the last epoch on a Xeon with "
-        "AVX-512, one core (two for bootstrapped), other work going on",
+        "training speed": f"{metrics['images_per_second']:.0f} images/s over all epochs, on a Xeon with "
+        "AVX-512, one core (two for a part of the bootstrapped), other work going on",
         "weights": f"{checkpoint.weights}; stored as {checkpoint.dtype}, {path.stat().st_size / 1e6:.1f} MB",
         "version": f"fourierbias {checkpoint.version}",
     }

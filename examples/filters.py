@@ -49,7 +49,8 @@ def main(checkpoints, data, images, output):
         rows = []
         for path in map(Path, checkpoints or shipped_checkpoints()):
             capture = fourierbias.capture(path, data, layers="sublayers", limit=images)
-            rows += [{"model": path.stem, **row} for row in changes(capture)]
+            name = path.stem.rpartition(".")[2]  # an agent lies beside its ViT, with a suffix
+            rows += [{"model": name, **row} for row in changes(capture)]
         write_csv(output / "filters.csv", rows)
         report(rows)
         with matplotlib.rc_context(STYLE):
