@@ -20,6 +20,9 @@ Accuracies are those of the last epoch on the test images, never of the best one
 `fourierbias evaluate checkpoints/*.ckpt --data DATA`. CIFAR-10 (JPEG) is CIFAR-10 with every image stored as
 a JPEG of quality 75: numbers made from it are not comparable with published CIFAR-10 figures. `DATA` is its
 folder, with `train/` and `test/`. The log of each training lies beside its checkpoint.
+
+Training speeds are means over all epochs, on one core of a Xeon with AVX-512 (the bootstrapped pair
+had two for its last four epochs), other work going on.
 """
 
 
@@ -53,8 +56,7 @@ def card(path: Path) -> str:
         "seed, epochs": f"{recipe['seed']}, {checkpoint.epoch}",
         "parameters": f"{metrics['parameters']:,}",
         "test accuracy": f"{100 * metrics['test_accuracy']:.2f} %",
-        "training speed": f"{metrics['images_per_second']:.0f} images/s over all epochs, on a Xeon with "
-        "AVX-512, one core (two for a part of the bootstrapped), other work going on",
+        "training speed": f"{metrics['images_per_second']:.0f} images/s",
         "weights": f"{checkpoint.weights}; stored as {checkpoint.dtype}, {path.stat().st_size / 1e6:.1f} MB",
         "version": f"fourierbias {checkpoint.version}",
     }
