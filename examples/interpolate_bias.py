@@ -4,7 +4,8 @@ PRS (Lee et al., arXiv 2210.01370, abstract) has it that switching convolutions 
 interpolates the bias: the Fourier pattern moves from the ViT's to the CNN's with the number of epochs before
 the switch. Here `prs` switches all its layers at once, after 0, 1/4, 1/2, 3/4 and all of training; the last
 never switches and so is the CNN, to the bit. For every layer the program prints the rank correlation between
-the time of the switch and Δ log amplitude at π, and whether the sign is that of CNN minus ViT at that depth.
+the time of the switch and Δ log amplitude at π, and whether the sign is that of CNN minus ViT at that depth;
+and how far all curves lie from the CNN's and the ViT's.
 Which network, data and epochs the paper has there is not known to us: ours are our own.
 
     python examples/interpolate_bias.py --quick
@@ -72,7 +73,9 @@ def main(data, output, runs, quick, seeds, change, epochs, fraction):
             rows += kept.of(run_name(arch, data, recipe), make)
     found = correlations(rows)
     write_csv(output / "interpolate_bias-correlations.csv", found)
-    report(rows, found)
+    far = list(distances(rows))
+    write_csv(output / "interpolate_bias-distances.csv", far)
+    report(rows, found, far)
     save(draw(rows, found), output / "interpolate_bias.png")
 
 
@@ -113,8 +116,25 @@ def correlations(rows):
     return found
 
 
-def report(rows, found):
-    """Print the accuracies, and of every depth what the correlation says."""
+def distances(rows):
+    """For every training of `prs`: mean |Δ - Δ'| over depths to CNNs, and to the ViTs read between layers.
+
+    The CNN of the same seed shares the training before the switch; those of other seeds share nothing, and
+    are as far from each other as chance has it (nan with one seed).
+    """
+    depths, cnn, _ = table(rows, "prs-100%")
+    places, vits, _ = table(rows, "vit")
+    vit = np.array([np.interp(depths, places, one) for one in vits.T]).T
+    for share in SHARES:
+        for seed, values in enumerate(table(rows, f"prs-{100 * share:.0f}%")[1].T):
+            cnns, to_vit = np.abs(values[:, None] - cnn).mean(axis=0), np.abs(values[:, None] - vit).mean()
+            others = np.delete(cnns, seed)
+            far = {"own_cnn": cnns[seed], "other_cnns": others.mean() if len(others) else np.nan}
+            yield {"switch": share, "seed": seed, **far, "vit": to_vit}
+
+
+def report(rows, found, far):
+    """Print the accuracies, of every depth what the correlation says, and how far curves lie apart."""
     for model in dict.fromkeys(row["model"] for row in rows):
         values = {row["seed"]: row["accuracy"] for row in rows if row["model"] == model}.values()
         print(f"{model:<9} accuracy {100 * np.mean(list(values)):5.1f} %")
@@ -133,6 +153,12 @@ def report(rows, found):
         f"Towards the CNN at {towards} of {len(found)} depths, with p < 0.05 at {clear}, "
         f"at every step at {every}."
     )
+    print("Mean distance of the curves over depths, to the CNN of the same seed, of others, and to the ViT")
+    for share in SHARES:
+        own = [
+            [row[key] for row in far if row["switch"] == share] for key in ("own_cnn", "other_cnns", "vit")
+        ]
+        print(f"prs-{share:<5.0%}" + "".join(f"{value:8.3f}" for value in np.mean(own, axis=1)))
 
 
 def draw(rows, found):

@@ -103,6 +103,20 @@ def test_rank_correlations_and_their_direction(module):
     assert not first["towards_cnn"]
 
 
+def test_distances_between_curves(module):
+    example = module("interpolate_bias")
+    rows = responses(example, lambda share: 2 * share)
+    far = list(example.distances(rows))
+    assert [(row["switch"], row["seed"]) for row in far[:3]] == [(0.0, 0), (0.0, 1), (0.25, 0)]
+    # To the CNN: |2 share - 2| in one layer, |1 - share| in the other; the other seed's is higher by 0.01.
+    assert [row["own_cnn"] for row in far[::2]] == pytest.approx([1.5, 1.125, 0.75, 0.375, 0.0])
+    assert [row["other_cnns"] for row in far[-2:]] == pytest.approx([0.01, 0.01])
+    # The ViT at -1 and 1; seed 0 that switches at the start at 0 and 0.
+    assert far[0]["vit"] == pytest.approx(1.0)
+    (row, *_) = example.distances([row for row in rows if row["seed"] == 0])
+    assert np.isnan(row["other_cnns"])
+
+
 def test_one_seed_has_the_spread_over_images_and_more_have_that_over_seeds(module):
     spread = module("_runs").mean_and_spread
     mean, std = spread(np.array([[1.0, 3.0], [2.0, 2.0]]))
@@ -265,6 +279,8 @@ def test_interpolate_bias_stopped_and_gone_on_with(tmp_path):
         assert -1 <= float(row["rank_correlation"]) <= 1
         line = next(line for line in out.splitlines() if line.startswith(row["layer"]))
         assert f"{float(row['rank_correlation']):.2f}" in line
+    far = table(folder / "interpolate_bias-distances.csv")
+    assert [float(row["own_cnn"]) for row in far if row["switch"] == "1"] == [0.0]
     check_rerun(tmp_path, "interpolate_bias", out)
 
 
