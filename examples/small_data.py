@@ -76,21 +76,26 @@ def verdict(gain, p):
 
 
 def draw(accuracies, about):
-    """A dot for each training, and the mean of each kind."""
-    figure = Figure(figsize=(7, 0.4 * len(accuracies) + 1.4))
-    ax = figure.subplots()
-    for place, (model, values) in enumerate(accuracies.items()):
-        style = {"color": ALL[model][2]}
-        ax.plot(values, np.full(len(values), place), "o", markersize=5, alpha=0.6, **style)
-        ax.plot(values.mean(), place, "|", markersize=16, markeredgewidth=2, **style)
-    ax.set_yticks(range(len(accuracies)), accuracies)
-    ax.invert_yaxis()
-    ax.grid(axis="x", color="0.9")
-    ax.set_axisbelow(True)
-    ax.set_xlabel(
-        f"accuracy (%) on {about['evaluated_on']} after {about['epochs']} epochs of "
-        f"{about['train_images']} images\n"
-        "dots: one training each, by seed; bars: means"
+    """A dot for each training, and the mean of each kind: of all, and closer of the networks of `prs`."""
+    figure = Figure(figsize=(9, 0.4 * len(accuracies) + 1.4))
+    axes = figure.subplots(1, 2, sharey=True, width_ratios=[1, 1.4])
+    own = np.concatenate([values for model, values in accuracies.items() if ALL[model][0] == "prs"])
+    for ax in axes:
+        for place, (model, values) in enumerate(accuracies.items()):
+            style = {"color": ALL[model][2]}
+            ax.plot(values, np.full(len(values), place), "o", markersize=5, alpha=0.6, **style)
+            ax.plot(values.mean(), place, "|", markersize=16, markeredgewidth=2, **style)
+        ax.grid(axis="x", color="0.9")
+        ax.set_axisbelow(True)
+    axes[0].set_yticks(range(len(accuracies)), accuracies)
+    axes[0].invert_yaxis()
+    axes[0].set_xlabel("accuracy (%), all")
+    axes[1].set_xlim(own.min() - 0.3, own.max() + 0.3)
+    axes[1].set_xlabel("closer: networks of prs")
+    figure.supxlabel(
+        f"on {about['evaluated_on']} after {about['epochs']} epochs of {about['train_images']} images; "
+        "dots: one training each, by seed; bars: means",
+        fontsize=8,
     )
     return figure
 
