@@ -5,8 +5,9 @@ interpolates the bias: the Fourier pattern moves from the ViT's to the CNN's wit
 the switch. Here `prs` switches all its layers at once, after 0, 1/4, 1/2, 3/4 and all of training; the last
 never switches and so is the CNN, to the bit. For every layer the program prints the rank correlation between
 the time of the switch and Δ log amplitude at π, and whether the sign is that of CNN minus ViT at that depth;
-and how far all curves lie from the CNN's and the ViT's.
-Which network, data and epochs the paper has there is not known to us: ours are our own.
+and how far all curves lie from the CNN's and the ViT's. The correlations' p takes trainings as independent,
+but those of one seed share what came before the switch. Which network, data and epochs the paper has there is
+not known to us: ours are our own.
 
     python examples/interpolate_bias.py --quick
     python examples/interpolate_bias.py --data cifar10 --fraction 0.1 --epochs 60 --seeds 3
@@ -155,10 +156,11 @@ def report(rows, found, far):
     )
     print("Mean distance of the curves over depths, to the CNN of the same seed, of others, and to the ViT")
     for share in SHARES:
-        own = [
-            [row[key] for row in far if row["switch"] == share] for key in ("own_cnn", "other_cnns", "vit")
-        ]
-        print(f"prs-{share:<5.0%}" + "".join(f"{value:8.3f}" for value in np.mean(own, axis=1)))
+        means = (
+            np.mean([row[key] for row in far if row["switch"] == share])
+            for key in ("own_cnn", "other_cnns", "vit")
+        )
+        print(f"prs-{share:<5.0%}" + "".join(f"{mean:8.3f}" for mean in means))
 
 
 def draw(rows, found):
