@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import h5py
+
 from ._version import __version__
 from .errors import FourierBiasError
 from .store import Capture, load
@@ -39,18 +41,20 @@ def open_captures(
     """The captures that ``files`` stand for: HDF5 files as they are, anything else captured on the fly.
 
     A capture made here is kept in the user's cache folder (``XDG_CACHE_HOME``), under the hash of the
-    checkpoint and of everything it was captured with; ``say`` is told which were made and which were there.
+    checkpoint and of everything it was captured with, of image files their path, size and time of change;
+    ``say`` is told which were made and which were there.
     """
     return [
         load(file)
-        if _is_hdf5(file)
+        if is_hdf5(file)
         else _captured(file, layers=layers, data=data, images=images, measure=measure, say=say)
         for file in files
     ]
 
 
-def _is_hdf5(file: str) -> bool:
-    return Path(file).suffix in (".h5", ".hdf5", ".nxs")
+def is_hdf5(file: str) -> bool:
+    """Whether a file is to be read as HDF5: by its suffix, so that one that is missing or damaged is too."""
+    return Path(file).suffix in (".h5", ".hdf5", ".nxs") or h5py.is_hdf5(file)
 
 
 def _captured(
@@ -63,13 +67,15 @@ def _captured(
     say: Callable[[str], Any],
 ) -> Capture:
     from .capturing import MEASURES, capture
+    from .images import open_images
     from .models.loading import load_model
 
     loaded = load_model(file)
+    source = open_images(data, loaded.preprocessing, images=images)
     measures = [measure] if measure in MEASURES else []
-    key = repr(
-        (__version__, loaded.arch, loaded.weights_sha256, loaded.weights, layers, data, images, measures)
-    )
+    model = (loaded.arch, loaded.weights_sha256, loaded.weights)
+    seen = (source.description, source.names, source.fingerprint, list(map(_state, source.files)))
+    key = repr((__version__, model, layers, seen, measures))
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     cached = cache_folder() / f"{re.sub(r'[^0-9A-Za-z._-]', '_', loaded.arch)}-{digest}.h5"
     if cached.is_file():
@@ -79,9 +85,8 @@ def _captured(
     cached.parent.mkdir(parents=True, exist_ok=True)
     return capture(
         loaded,
-        data,
+        source,
         layers=layers,
-        limit=images,
         measures=measures,
         output=cached,
         resume=True,
@@ -89,28 +94,13 @@ def _captured(
     )
 
 
-def in_words(captures: Sequence[Capture], names: Sequence[str], at: float = 1.0) -> str:
-    """Two sentences on the high-frequency response of captures: where it ends, and how it got there.
-
-    ``at`` is the frequency in units of π; numbers are Δ log amplitude, ± one standard error over images.
-
-    >>> import torch, timm, fourierbias
-    >>> c = fourierbias.capture(timm.create_model("test_vit"), torch.ones(2, 3, 160, 160))
-    >>> print(in_words([c], ["test_vit"]))  # doctest: +ELLIPSIS
-    Δ log amplitude at 1π in the last layer: test_vit ... ± 0.00. From the first layer to the last: ...
-    """
-    ends, courses = [], []
-    for name, capture in zip(names, captures, strict=True):
-        first, last = (list(capture.values())[index] for index in (0, -1))
-        start, end = first.at(at), last.at(at)
-        ends.append(f"{name} {end:.2f} ± {last.standard_error_at(at):.2f}")
-        courses.append(
-            f"{name} {'rises' if end > start else 'falls'} from {start:.2f} by {abs(end - start):.2f}"
-        )
-    return (
-        f"Δ log amplitude at {at:g}π in the last layer: {', '.join(ends)}. "
-        f"From the first layer to the last: {', '.join(courses)}."
-    )
+def _state(file: str) -> tuple[str, int, int] | None:
+    """What changes when a file does."""
+    try:
+        status = os.stat(file)
+    except OSError:  # unreadable, which the capture counts
+        return None
+    return os.path.realpath(file), status.st_size, status.st_mtime_ns
 
 
 def cache_folder() -> Path:

@@ -40,7 +40,7 @@ from .images import ImageSource, open_images
 from .measures import ATTENTION_MEASURES, AttentionRecorder
 from .models.loading import LoadedModel, load_model
 from .parts import Part, compare, merge_parts, missing, order_key, read_part, reducer_of
-from .probes import CHOICES, Layer, Probe, Recorder, choose_probes
+from .probes import Layer, Probe, Recorder, choose_probes
 from .progress import progress_bar, stop_signals
 from .spectra import Projection
 from .store import Capture, load
@@ -111,6 +111,10 @@ def capture(
     for asked, name in ((features, "features=True stores the maps in"), (resume, "resume=True goes on with")):
         if asked and output is None:
             raise FourierBiasError(f"{name} a file: name it with output=")
+    if resume and overwrite:
+        raise FourierBiasError(
+            "--resume goes on from what is there, --overwrite starts anew: give one of them"
+        )
     loaded = model if isinstance(model, LoadedModel) else load_model(model, seed=seed)
     whole = open_images(
         images, loaded.preprocessing, images=limit, batch_size=batch_size, workers=workers, seed=seed
@@ -132,6 +136,7 @@ def capture(
             "preprocessing": loaded.preprocessing,
             "images": whole.description,
             "order": order_key(whole.names),
+            "fingerprint": (whole.fingerprint or None) if output is not None else None,
             "features": feature_dtype if features else None,
             "batch_size": batch_size,
         },
@@ -143,7 +148,7 @@ def capture(
         if output is not None:
             options = {"overwrite": overwrite, "resume": resume, "feature_dtype": feature_dtype}
             options |= {"compression": compression, "rank": rank(), "world_size": world_size()}
-            finished = _finished(Path(output), part, shared) if resume else None
+            finished = _finished(Path(output), job.part_of(shared)) if resume else None
             writer = stack.enter_context(together(lambda: Writer(output, **options)))
             if finished is not None:
                 writer.forget()  # what a kill at the very end has left
@@ -193,6 +198,8 @@ def merge(
     """
     if not parts:
         raise FourierBiasError("name the parts to merge")
+    if Path(output).resolve() in {Path(path).resolve() for path in parts}:
+        raise FourierBiasError(f"{output} is one of the parts: choose another output")
     whole = merge_parts([read_part(path) for path in parts], [str(path) for path in parts])
     for start, stop in ((0, whole.start), (whole.stop, whole.total)):
         if start < stop:
@@ -215,12 +222,16 @@ class _Job:
 
     def __post_init__(self) -> None:
         self.reducer = reducer_of(self.identity)
+        self.overflowed: set[str] = set()
 
     def fresh(self) -> Part:
         """The share of this process, nothing done yet."""
-        places = self.source.indices
-        start = places[0] if len(places) else 0
-        return Part(self.identity, start, start + len(places), len(self.source.names))
+        return self.part_of(self.source)
+
+    def part_of(self, source: ImageSource) -> Part:
+        """The part of the capture that the images of ``source`` make, nothing done yet."""
+        start = source.indices[0] if len(source) else 0
+        return Part(self.identity, start, start + len(source), len(source.names))
 
     def work(self, part: Part, device: torch.device) -> Iterator[dict[str, np.ndarray]]:
         """Take the images that ``part`` still lacks through the model.
@@ -265,17 +276,23 @@ class _Job:
         dtype = self.identity["features"] and getattr(torch, self.identity["features"])
 
         def reduce(layer: Layer, maps: Tensor) -> tuple[Projection, Tensor | None]:
-            return self.reducer.project(maps), maps.to(dtype, copy=True) if dtype else None
+            return self.reducer.project(maps), self._stored(layer, maps, dtype) if dtype else None
 
-        layers = self.identity["layers"]
         return Recorder(
-            self.loaded.module,
-            self.probes,
-            reduce,
-            input_size=input_size,
-            calls=self.identity["calls"],
-            widen=_is_choice(layers),
+            self.loaded.module, self.probes, reduce, input_size=input_size, calls=self.identity["calls"]
         )
+
+    def _stored(self, layer: Layer, maps: Tensor, dtype: torch.dtype) -> Tensor:
+        """A copy of the maps in the type they are stored in; a warning, once per layer, if they overflow."""
+        stored = maps.to(dtype, copy=True)
+        if layer.name not in self.overflowed and (stored.isinf() & maps.isfinite()).any():
+            self.overflowed.add(layer.name)
+            warnings.warn(
+                f"layer {layer.name}: values beyond {torch.finfo(dtype).max:g} are stored as infinite: "
+                "--feature-dtype float32 keeps them",
+                stacklevel=2,
+            )
+        return stored
 
     def _add(
         self, part: Part, recorder: Recorder, attention: AttentionRecorder, reduced: Mapping[str, Any]
@@ -330,15 +347,15 @@ def _weights_key(loaded: LoadedModel, *, hashed: bool) -> str:
     return f"{loaded.weights}, crc32 {checksum:08x}"
 
 
-def _finished(output: Path, part: Part, shared: ImageSource) -> Capture | None:
+def _finished(output: Path, asked: Part) -> Capture | None:
     """The capture that an earlier call has finished, if it is the one asked for; None while it is not."""
     if not output.is_file():
         return None
     capture = load(output)
-    difference = compare(capture.attrs.get("identity", {}), part.identity, free=set())
-    held = capture.attrs["count"] + capture.attrs["failed_images"]
-    if difference is None and held != len(shared):
-        difference = f"images ({held}, not {len(shared)})"
+    difference = compare(capture.attrs.get("identity", {}), asked.identity, free=set())
+    place, held = capture.attrs.get("part"), capture.attrs["count"] + capture.attrs["failed_images"]
+    if difference is None and (place, held) != (asked.place, asked.stop - asked.start):
+        difference = f"images ({place or f'all {held}'}, not {asked.place or f'all {asked.total}'})"
     if difference is None:
         return capture
     if any(output.parent.glob(f"{glob.escape(output.name)}*.state")):
@@ -354,8 +371,8 @@ def _resumed(writer: Writer, fresh: Part) -> Part:
     if part is None:
         return fresh
     difference = compare(part.identity, fresh.identity, free=set())
-    if difference is None and (part.start, part.stop) != (fresh.start, fresh.stop):
-        difference = f"images ({part.start} to {part.stop - 1}, not {fresh.start} to {fresh.stop - 1})"
+    if difference is None and part.place != fresh.place:
+        difference = f"images ({part.place or 'all'}, not {fresh.place or 'all'})"
     if difference:
         raise FourierBiasError(
             f"{writer.state} is of another capture, it differs in {difference}: give the same options, or "
@@ -435,7 +452,6 @@ def inspect(
             choose_probes(loaded.module, layers),
             lambda layer, maps: None,
             input_size=size[-2:],
-            widen=_is_choice(layers),
         ) as recorder,
     ):
         own = next((p.device for p in loaded.module.parameters()), torch.device("cpu"))
@@ -451,10 +467,6 @@ def _chosen_measures(measures: str | Sequence[str]) -> set[str]:
             f"measure {min(unknown)!r} is not known: choose from all, {', '.join(MEASURES)}"
         )
     return set(MEASURES) if "all" in chosen else chosen
-
-
-def _is_choice(layers: str | Sequence[str]) -> bool:
-    return isinstance(layers, str) and layers in CHOICES
 
 
 def _forward(recorder: Recorder, images: Tensor) -> dict[str, Any]:
@@ -478,6 +490,8 @@ def _on_device(
         device = own if keep and world_size() == 1 else local_device()
     try:
         device = torch.device(device)
+        if device.type == "meta":
+            raise RuntimeError("it holds no values")
         if device != own:
             network.to(device)
     except (RuntimeError, AssertionError) as error:

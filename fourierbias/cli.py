@@ -149,9 +149,10 @@ def capture(
     file with --arch.  Under torchrun the ranks share the images.
     """
     from .capturing import capture as run
+    from .models.loading import WEIGHT_SUFFIXES
 
     loaded = _load(model, options)
-    output = output or Path(Path(model.rstrip("/")).name).with_suffix(".h5")
+    output = output or _beside(model, ".h5", but=WEIGHT_SUFFIXES)
     before = output.stat() if output.exists() else None
     result = run(
         loaded,
@@ -188,6 +189,12 @@ def merge(parts: tuple[str, ...], output: Path, consolidate: bool, overwrite: bo
     _print_capture(result)
     _print_written(result, output)
     click.echo(f"Next: fourierbias plot {output}")
+
+
+def _beside(model: str, suffix: str, but: tuple[str, ...]) -> Path:
+    """A file here, named for a model: without its suffix if that is one of ``but``; a timm tag stays."""
+    name = Path(model.rstrip("/")).name
+    return Path((Path(name).stem if Path(name).suffix.lower() in but else name) + suffix)
 
 
 def _shard(text: str | None) -> tuple[int, int] | None:
@@ -287,9 +294,9 @@ def plot(
     FILES are captures (.h5) or checkpoints, which are captured on the fly and cached; or one file of spectra
     through training, from train --probe.
     """
-    from .captured import in_words, open_captures, shipped_checkpoints
+    from .captured import is_hdf5, open_captures, shipped_checkpoints
+    from .figures import in_words, plot_training
     from .figures import plot as draw
-    from .figures import plot_training, unique_names
     from .store import checked_output, is_series, load_series
 
     if not files:
@@ -300,8 +307,10 @@ def plot(
         files = tuple(str(path) for path in shipped_checkpoints())
     output = output or Path("compare.png" if compare or len(files) > 1 else Path(files[0]).stem + ".png")
     for path in filter(None, (output, csv)):
+        if path.resolve() in {Path(file).resolve() for file in files}:
+            raise FourierBiasError(f"{path} is what is to be plotted: choose another output")
         checked_output(path, overwrite=overwrite)
-    if len(files) == 1 and Path(files[0]).suffix == ".h5" and is_series(files[0]):
+    if len(files) == 1 and is_hdf5(files[0]) and is_series(files[0]):
         plot_training(load_series(files[0]), output=output, csv=csv, **options)
         click.echo(_written(output, csv))
         return
@@ -310,8 +319,7 @@ def plot(
     )
     draw(captures, compare=compare or len(captures) > 1, output=output, csv=csv, **options)
     if compare and options["measure"] is None and options["path"] != "2d":
-        shown = [capture.with_reference(options["reference"]) for capture in captures]
-        click.echo(in_words(shown, unique_names(captures), options["at"] or 1.0))
+        click.echo(in_words(captures, **{k: options[k] for k in ("at", "reference", "compat", "path")}))
     click.echo(_written(output, csv))
 
 

@@ -257,6 +257,47 @@ def plot_training(
     return figure
 
 
+def in_words(
+    captures: Sequence[Capture],
+    *,
+    at: float | None = None,
+    reference: str = "dc",
+    compat: str | None = None,
+    path: str | None = None,
+) -> str:
+    """Two sentences on the high-frequency response of captures: where it ends, and how it got there.
+
+    The options are those of `plot`, and the numbers those it draws and writes: Δ log amplitude, ± one
+    standard error over images, and where a grid has no bin so high the frequency it was read at.
+
+    >>> import torch, timm, fourierbias
+    >>> c = fourierbias.capture(timm.create_model("test_vit"), torch.ones(2, 3, 160, 160))
+    >>> print(in_words([c]))
+    Δ log amplitude at π in the last layer: test_vit ... ± 0.00. From the first layer to the last: ...
+    """
+    prepared = _prepared(captures, path=path, reference=reference, compat=compat)
+    trends = [View(at=at).trend(capture) for capture in prepared]
+    ends, courses = [], []
+    for name, trend in zip(unique_names(captures), trends, strict=True):
+        points = [point for point in trend.points if np.isfinite(point.y)]
+        if not points:
+            continue
+        first, last = points[0], points[-1]
+        error = f" ± {last.error:.2f}" if np.isfinite(last.error) else ""
+        read = f" (read at {last.frequency:.3g}π)" if last.marked else ""
+        ends.append(f"{name} {last.y:.2f}{error}{read}")
+        if len(points) > 1:
+            course = "rises" if last.y > first.y else "falls"
+            courses.append(f"{name} {course} from {first.y:.2f} by {abs(last.y - first.y):.2f}")
+    sentences = []
+    if ends:
+        quantity = trends[0].label.removesuffix(" (ln)")
+        sentences.append(f"{quantity} in the last layer: {', '.join(ends)}.")
+    if courses:
+        sentences.append(f"From the first layer to the last: {', '.join(courses)}.")
+    return " ".join(sentences)
+
+
 def unique_names(captures: Sequence[Capture]) -> list[str]:
     """A short name for each capture: its model, and where models are the same, what tells them apart.
 
@@ -598,10 +639,10 @@ def _caption(figure: Figure, captures: Sequence[Capture], view: View, trends: Se
     """What a reader must know to judge the figure, in small type along its lower edge."""
     counts = sorted({trend.count for trend in trends})
     said = [f"n = {numbered(counts[0], 'image')}" if len(counts) == 1 else "n: number of images"]
-    sources = {re.sub(r":? \d+ images?$", "", str(c.attrs.get("images", ""))) for c in captures}
-    if len(sources) > 1:
+    source = re.sub(r":? \d+ images?$", "", str(captures[0].attrs.get("images", "")))
+    if len({_images_key(capture, same_number=len(counts) == 1) for capture in captures}) > 1:
         said.append("not the same images for all")
-    elif len(source := sources.pop()) < 60 and source:
+    elif source and len(source) < 60:
         said[0] += f" ({source})"
     said.append("bands: ± 1 standard error over images" if counts[-1] > 1 else "no error bands: one image")
     if view.measure is None:
@@ -621,6 +662,13 @@ def _caption(figure: Figure, captures: Sequence[Capture], view: View, trends: Se
     said += dict.fromkeys(note for trend in trends for note in trend.notes)
     text = textwrap.fill(" · ".join(said), int(figure.get_figwidth() * _CHARACTERS_PER_INCH))
     figure.supxlabel(text.replace("$", r"\$"), x=0.01, ha="left", fontsize=8, color="0.3")
+
+
+def _images_key(capture: Capture, *, same_number: bool) -> tuple[str, ...]:
+    """What captures of the same images have in common; of different numbers of them it is less."""
+    source = re.sub(r":? \d+ images?$", "", str(capture.attrs.get("images", "")))
+    identity = capture.attrs.get("identity", {})
+    return source, *(str(identity.get(k) or "") for k in ("order", "fingerprint") if same_number)
 
 
 # -- words ---------------------------------------------------------------------------------------------------
@@ -748,6 +796,8 @@ def _check_options(
         checked_output(output, overwrite=True)
     if csv is not None:
         checked_output(csv, overwrite=True)
+        if output is not None and Path(csv).resolve() == Path(output).resolve():
+            raise FourierBiasError(f"{csv} is to be both figure and table: give them names of their own")
 
 
 @contextlib.contextmanager

@@ -388,7 +388,7 @@ class AttentionRecorder:
             self._views.clear()
 
     def _see_input(self, name: str, tokens: Any) -> None:
-        self._forms[name] = self._reader.form_of(tokens, self._batch)
+        self._forms[name] = self._reader.form_of(tokens, self._batch, type(self.model.get_submodule(name)))
 
     def _see_map(self, name: str, module: nn.Module, attention: Tensor) -> None:
         key = (name, len(attention) / self._batch, *attention.shape[1:])

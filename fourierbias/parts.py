@@ -136,6 +136,13 @@ class Part:
         self.identity = json.loads(json.dumps(self.identity, default=_plain_value))
         self.sums = LayerSums(reducer_of(self.identity))
 
+    @property
+    def place(self) -> str | None:
+        """Which images these are, in words; None if they are all."""
+        if (self.start, self.stop) == (0, self.total):
+            return None
+        return f"images {self.start} to {self.stop - 1} of {self.total}"
+
     def capture(self) -> Capture:
         """The capture of these images."""
         counts = {
@@ -143,8 +150,8 @@ class Part:
             "failed_images": len(self.failures),
             "failures": [f"{name}: {reason}" for name, reason in self.failures[:100]],
         }
-        if (self.start, self.stop) != (0, self.total):
-            counts["part"] = f"images {self.start} to {self.stop - 1} of {self.total}"
+        if self.place:
+            counts["part"] = self.place
         return Capture(
             {**self.attrs, **counts, "identity": self.identity},
             self.sums.results(self.about),

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
@@ -28,6 +28,12 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # Names that timm gives the token-mixing half of a residual block; the other half is its `mlp`.
 _MIXERS = ("attn", "token_mixer", "mlp_tokens", "mixer", "attention", "self_attn")
 _MLPS = ("mlp", "mlp_channels", "ffn")
+# What torch's own modules take for channels, in outputs of four axes.
+_FIRST, _LAST = frozenset({"NCHW"}), frozenset({"NHWC"})
+_LAYOUTS = {
+    **dict.fromkeys((nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm, nn.MaxPool2d, nn.AvgPool2d), _FIRST),
+    **dict.fromkeys((nn.Linear, nn.LayerNorm), _LAST),
+}
 
 
 @dataclass(frozen=True)
@@ -35,13 +41,15 @@ class Probe:
     """A point of the network to watch: the output of ``module``, or its first input.
 
     ``name`` is the layer's name in the results: the module's path for an output, ``"blocks.0:attn"`` for
-    the state after a residual sublayer.
+    the state after a residual sublayer.  With ``widen`` it gives way to the smallest module around it whose
+    output is a map, where its own is none (it works on windows or patches).
     """
 
     name: str
     module: str
     kind: str
     side: str = "output"
+    widen: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,19 +91,22 @@ def choose_probes(model: nn.Module, layers: str | Sequence[str] = "blocks") -> l
 
     ``"blocks"``: every residual or transformer block; ``"sublayers"``: for blocks with a token mixer and
     an MLP the state after each residual (Park & Kim's points), whole blocks elsewhere; ``"stages"``: what
-    timm lists in ``feature_info``; otherwise one or more glob patterns on module names (see `glob_names`).
-    Raises `FourierBiasError` for a pattern that matches nothing.
+    timm lists in ``feature_info``; otherwise a glob pattern on module names (see `glob_names`); or a list of
+    these, of which a layer named twice is taken once.  Raises `FourierBiasError` for a pattern that matches
+    nothing.
 
     >>> import timm
     >>> [p.name for p in choose_probes(timm.create_model("test_vit"), "sublayers")][:2]
     ['blocks.0:attn', 'blocks.0:mlp']
     """
-    if isinstance(layers, str) and layers in CHOICES:
-        chooser = {"blocks": _block_probes, "sublayers": _sublayer_probes, "stages": _stage_probes}[layers]
-        probes = chooser(model)
-    else:
-        probes = _pattern_probes(model, [layers] if isinstance(layers, str) else list(layers))
-    return probes
+    choosers = {"blocks": _block_probes, "sublayers": _sublayer_probes, "stages": _stage_probes}
+    probes: dict[str, Probe] = {}
+    for entry in [layers] if isinstance(layers, str) else layers:
+        chooser = choosers.get(entry)
+        found = chooser(model) if chooser else _pattern_probes(model, entry)
+        for probe in found:
+            probes.setdefault(probe.name, replace(probe, widen=chooser is not None))
+    return list(probes.values())
 
 
 def kind_of(module: nn.Module) -> str:
@@ -214,7 +225,9 @@ def _stage_probes(model: nn.Module) -> list[Probe]:
     if not names or None in names:  # timm lists nothing, or names that are no modules: the end of each run
         names = list({path.rpartition(".")[0]: path for path, _ in _blocks(model)}.values())
     names = names or [name for name, child in model.named_children() if _weights(child)] or [""]
-    return [Probe(name, name, kind_of(modules[name])) for name in dict.fromkeys(names)]
+    return [
+        Probe(name or type(model).__name__, name, kind_of(modules[name])) for name in dict.fromkeys(names)
+    ]
 
 
 def _called(name: str, modules: Mapping[str, nn.Module]) -> str | None:
@@ -247,19 +260,15 @@ def glob_names(pattern: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if expression.fullmatch(name)]
 
 
-def _pattern_probes(model: nn.Module, patterns: Sequence[str]) -> list[Probe]:
+def _pattern_probes(model: nn.Module, pattern: str) -> list[Probe]:
     modules = {name: module for name, module in model.named_modules() if name}
-    chosen: dict[str, nn.Module] = {}
-    for pattern in patterns:
-        matches = glob_names(pattern, modules)
-        if not matches:
-            near = get_close_matches(pattern, modules, n=3, cutoff=0.3) or list(modules)[:3]
-            raise FourierBiasError(
-                f"layers {pattern!r} matches no module of this model: try {', '.join(near)}, or "
-                f"{', '.join(CHOICES)}"
-            )
-        chosen |= {name: modules[name] for name in matches}
-    return [Probe(name, name, kind_of(module)) for name, module in chosen.items()]
+    matches = glob_names(pattern, modules)
+    if not matches:
+        near = get_close_matches(pattern, modules, n=3, cutoff=0.3) or list(modules)[:3]
+        raise FourierBiasError(
+            f"layers {pattern!r} matches no module of this model: try {', '.join([*near, *CHOICES])}"
+        )
+    return [Probe(name, name, kind_of(modules[name])) for name in matches]
 
 
 class Recorder:
@@ -271,8 +280,11 @@ class Recorder:
     every module is back in the mode it was in, also after an exception.
 
     A module called several times in one forward counts once, by its last call, unless ``calls="each"``,
-    which names the later ones ``name#2``, ``name#3``, …  With ``widen`` a block whose output is no map (it
-    works on windows or patches) gives way to the smallest module around it whose output is one.
+    which names the later ones ``name#2``, ``name#3``, …
+
+    Maps with as many channels as pixels on a side may be channels first or last.  They are read as the
+    modules of the same class are elsewhere in the network, or as all others are; where that leaves it open
+    they are skipped.
     """
 
     def __init__(
@@ -283,18 +295,19 @@ class Recorder:
         *,
         input_size: tuple[int, int],
         calls: str = "last",
-        widen: bool = False,
     ) -> None:
         if calls not in ("last", "each"):
             raise FourierBiasError(f"calls={calls!r} is not known: use 'last' or 'each'")
         self.model, self.probes, self.reduce, self.calls = model, list(probes), reduce, calls
         self.input_size = input_size
-        self.widen = widen
         self.layers: dict[str, Layer] = {}
         self.skipped: dict[str, str] = {}
         self.repeated: dict[str, int] = {}
         self.values: dict[str, Any] = {}
-        self._forms: dict[torch.Size, Form | str] = {}
+        self._settled = False
+        self._forms: dict[tuple[type, torch.Size], Form | str] = {}
+        self._layouts: dict[type, set[str]] | None = None  # by class of module, once a map leaves it open
+        self._open = False
         self._counts: dict[str, int] = {}
         self._batch = 0
         modules = list(model.modules())  # a walk through them costs about as much as a hook
@@ -320,9 +333,18 @@ class Recorder:
     def forward(self, images: Tensor) -> dict[str, Any]:
         """Run ``model`` on ``images`` (B, C, H, W) and return what ``reduce`` made of each layer."""
         self._run(images)
-        while self.widen and self._widen_skipped():
+        while not self._settled:  # by the first batch
+            if self._open and self._layouts is None:
+                self._layouts = self._find_layouts(images)
+                self._restart(self.probes)
+            elif widened := self._widened():
+                self._restart(widened)
+            else:
+                self._settled = True
+                uncalled = (probe.name for probe in self.probes if probe.name not in self._counts)
+                self.skipped |= dict.fromkeys(uncalled, "it is not called in a forward pass")
+                break
             self._run(images)
-        self.widen = False  # settled by the first batch
         values, self.values = self.values, {}
         return values
 
@@ -337,32 +359,51 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
 
-    def _widen_skipped(self) -> bool:
-        """Put the enclosing module in place of each probe that gave no map; whether anything changed."""
-        around = {p.name: self._enclosing(p) for p in self.probes if p.name in self.skipped}
-        if not any(around.values()):
-            return False
-        widened = {probe.name: around.get(probe.name) or probe for probe in self.probes}
+    def _restart(self, probes: Sequence[Probe]) -> None:
+        """Forget what was found, and watch ``probes``."""
         self._detach()
-        self.probes = list({probe.name: probe for probe in widened.values()}.values())
-        self.layers, self.skipped = {}, {}
+        self.probes = list(probes)
+        self.layers, self.skipped, self._forms = {}, {}, {}
         self._attach()
-        return True
+
+    def _widened(self) -> list[Probe] | None:
+        """The probes with the enclosing module in place of each that gave no map; None if nothing changes."""
+        skipped = [probe for probe in self.probes if probe.widen and probe.name in self.skipped]
+        around = {probe.name: self._enclosing(probe) for probe in skipped}
+        if not any(around.values()):
+            return None
+        widened = [around.get(probe.name) or probe for probe in self.probes]
+        return list({probe.name: probe for probe in widened}.values())
+
+    def _find_layouts(self, images: Tensor) -> dict[type, set[str]]:
+        """In which layouts each class of modules puts out maps, as far as their shapes tell."""
+        layouts: dict[type, set[str]] = {}
+
+        def note(module: nn.Module, _: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.ndim == 4 and len(output) == len(images):
+                fitting = _LAYOUTS.get(type(module)) or self._fitting(tuple(output.shape))
+                if len(fitting) == 1:
+                    layouts.setdefault(type(module), set()).update(fitting)
+
+        self._detach()
+        self._handles = [module.register_forward_hook(note) for module in self._modules.values()]
+        self.model(images)
+        return layouts
 
     def _enclosing(self, probe: Probe) -> Probe | None:
         path = probe.module.rpartition(".")[0]
         while path and isinstance(self._modules[path], _CONTAINERS):
             path = path.rpartition(".")[0]
-        return Probe(path, path, kind_of(self._modules[path])) if path else None
+        return Probe(path, path, kind_of(self._modules[path]), widen=True) if path else None
 
     def _hook(self, module: nn.Module, probe: Probe) -> torch.utils.hooks.RemovableHandle:
         if probe.side == "input":
             return module.register_forward_pre_hook(
-                lambda _, args: self._see(probe, args[0] if args else None)
+                lambda _, args: self._see(probe, module, args[0] if args else None)
             )
-        return module.register_forward_hook(lambda _, __, output: self._see(probe, output))
+        return module.register_forward_hook(lambda _, __, output: self._see(probe, module, output))
 
-    def _see(self, probe: Probe, output: Any) -> None:
+    def _see(self, probe: Probe, module: nn.Module, output: Any) -> None:
         count = self._counts[probe.name] = self._counts.get(probe.name, 0) + 1
         name = probe.name
         if count > 1:
@@ -370,7 +411,7 @@ class Recorder:
             name = name if self.calls == "last" else f"{name}#{count}"
         if self._reroll is not None:
             output = self._in_raster_order(probe, output)
-        found = output if isinstance(output, str) else self._interpret(output)
+        found = output if isinstance(output, str) else self._interpret(output, type(module))
         if isinstance(found, str):
             if name not in self.layers:
                 self.skipped[name] = found
@@ -394,17 +435,17 @@ class Recorder:
         layer = self.layers[name] = Layer(name, kind, len(self.layers), channels, height, width, stride)
         return layer
 
-    def _interpret(self, output: Any) -> list[Tensor] | str:
+    def _interpret(self, output: Any, source: type) -> list[Tensor] | str:
         """The first tensor in ``output`` that is a map (B, C, H, W), as such; or why there is none.
 
         An output that is nothing but maps of one layout, on different grids, is that of a network of several
         branches (HRNet, CrossViT): then all of them.
         """
         if isinstance(output, Tensor):  # the common case, in the hot path
-            form = self._cached_form(output)
+            form = self._cached_form(output, source)
             return [form.view(output.detach())] if isinstance(form, Form) else form
         tensors = list(_tensors(output))
-        forms = [self._cached_form(tensor) for tensor in tensors]
+        forms = [self._cached_form(tensor, source) for tensor in tensors]
         found = [
             (tensor, form) for tensor, form in zip(tensors, forms, strict=True) if isinstance(form, Form)
         ]
@@ -415,16 +456,19 @@ class Recorder:
         branches = len(found) == len(tensors) == len(grids) and len(layouts) == 1
         return [form.view(tensor.detach()) for tensor, form in (found if branches else found[:1])]
 
-    def form_of(self, output: Any, batch: int) -> Form | str:
-        """How the first tensor of an output for ``batch`` images is viewed as maps, or why it cannot be."""
+    def form_of(self, output: Any, batch: int, source: type) -> Form | str:
+        """How the first tensor of an output for ``batch`` images is viewed as maps, or why it cannot be.
+
+        ``source`` is the class of the module that puts it out, or takes it in.
+        """
         self._batch = batch
         tensor = next(_tensors(output), None)
-        return "its output holds no tensor" if tensor is None else self._cached_form(tensor)
+        return "its output holds no tensor" if tensor is None else self._cached_form(tensor, source)
 
-    def _cached_form(self, x: Tensor) -> Form | str:
-        form = self._forms.get(x.shape)
+    def _cached_form(self, x: Tensor, source: type) -> Form | str:
+        form = self._forms.get((source, x.shape))
         if form is None:
-            form = self._forms[x.shape] = self._form(x)
+            form = self._forms[source, x.shape] = self._form(x, source)
         return form
 
     def _in_raster_order(self, probe: Probe, output: Any) -> Any:
@@ -439,7 +483,7 @@ class Recorder:
             return f"{output.shape[1]} tokens that are not in the order of the {size[0]}×{size[1]} grid"
         return self._reroll(output, int(block[1]))
 
-    def _form(self, x: Tensor) -> Form | str:
+    def _form(self, x: Tensor, source: type) -> Form | str:
         shape = tuple(x.shape)
         if not x.is_floating_point():
             return f"its output is {x.dtype}, not a feature map"
@@ -447,19 +491,46 @@ class Recorder:
             return f"an output of shape {shape} is not a spatial map"
         if shape[0] != self._batch:
             return f"an output of shape {shape} is not one map per image (windows or patches in the batch)"
-        return self._map_form(shape) if x.ndim == 4 else self._token_form(shape)
+        if x.ndim == 3:
+            return self._token_form(shape)
+        if self._is_attention(x):
+            return f"an output of shape {shape} is attention between tokens, not a spatial map"
+        return self._map_form(shape, source)
 
-    def _map_form(self, shape: tuple[int, ...]) -> Form | str:
+    def _is_attention(self, x: Tensor) -> bool:
+        """Whether x (B, heads, N, N) is between tokens: rows that sum to one, as many as the model has."""
+        if x.shape[2] != x.shape[3] or not self._token_grid(x.shape[2], self._grids):
+            return False
+        first = x[:1].detach().float()
+        return bool(first.min() >= 0 and (first.sum(-1) - 1).abs().max() < 1e-2)
+
+    def _map_form(self, shape: tuple[int, ...], source: type) -> Form | str:
         _, a, b, c = shape
         if (a, b) in self._blocked:
             return f"an output of shape {shape} is {a} windows of {b} tokens"
-        first, last = self._fits(b, c), self._fits(a, b)
-        nhwc_model = str(getattr(self.model, "output_fmt", "NCHW")).endswith("NHWC")
-        if last and (nhwc_model or not first):
-            return Form("NHWC", a, b)
-        if first:
-            return Form("NCHW", b, c)
-        return f"an output of shape {shape} has no side that fits the {self._size_text()} input"
+        layouts = self._fitting(shape)
+        if len(layouts) == 2:
+            layouts = self._layouts_of(source)
+        if len(layouts) == 2:
+            self._open = True
+            return f"an output of shape {shape} may have its channels first or last"
+        if not layouts:
+            return f"an output of shape {shape} has no side that fits the {self._size_text()} input"
+        return Form("NHWC", a, b) if layouts == _LAST else Form("NCHW", b, c)
+
+    def _fitting(self, shape: tuple[int, ...]) -> Set[str]:
+        """The layouts in which an output of some shape can be a map."""
+        _, a, b, c = shape
+        fits = {"NCHW": self._fits(b, c), "NHWC": self._fits(a, b)}
+        if fits["NHWC"] and str(getattr(self.model, "output_fmt", "NCHW")).endswith("NHWC"):
+            return {"NHWC"}
+        return {layout for layout, fit in fits.items() if fit}
+
+    def _layouts_of(self, source: type) -> Set[str]:
+        """The layouts of a class of modules, if not known by itself then from where their shapes tell."""
+        found = self._layouts or {}
+        own = _LAYOUTS.get(source) or found.get(source, set())
+        return own or set().union(*found.values()) or {"NCHW", "NHWC"}
 
     def _fits(self, height: int, width: int) -> bool:
         """Whether a grid can be the input, downscaled: both sides by one factor, up to rounding."""

@@ -225,3 +225,19 @@ def test_inspect_lists_what_capture_takes():
     result = capture("vit", torch.randn(2, 3, 32, 32), layers="sublayers")
     assert [layer.name for layer in found] == list(result)
     assert not skipped
+
+
+def test_maps_beyond_half_precision_are_told(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1))
+    nn.init.constant_(model[0].weight, 1e6)
+    words = {"layers": ["0", "1"], "features": True, "overwrite": True, "output": tmp_path / "a.h5"}
+    with pytest.warns(UserWarning, match=r"layer 0: values beyond 65504 .* float32") as told:
+        capture(model, torch.ones(3, 3, 8, 8), batch_size=1, **words)
+    assert len(told) == len({str(warning.message) for warning in told})
+    result = capture(model, torch.ones(3, 3, 8, 8), feature_dtype="float32", **words)
+    assert np.isfinite(result.feature_maps("0")).all()
+
+
+def test_a_network_of_one_layer_is_kept(tmp_path):
+    result = capture(nn.Conv2d(3, 8, 3, padding=1), torch.randn(2, 3, 16, 16), output=tmp_path / "a.h5")
+    assert list(fourierbias.load(tmp_path / "a.h5")) == list(result) == ["Conv2d"]

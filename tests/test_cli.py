@@ -1,19 +1,25 @@
 """What a user types: every case through `fourierbias.cli.main`, a few through the installed program."""
 
 import csv
+import io
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import h5py
 import pytest
 import timm
 import torch
+from PIL import Image
+from timm.data import resolve_model_data_config
 
 import fourierbias
 import fourierbias.models
 import fourierbias.store
 from fourierbias.cli import main
+from fourierbias.models.checkpoint import Checkpoint, create, save_checkpoint
 
 
 @pytest.fixture
@@ -110,6 +116,83 @@ def test_compare_takes_checkpoints_and_remembers_them(run, tmp_path):
     assert (tmp_path / "b.png").exists()
 
 
+def pictures(folder, seed):
+    folder.mkdir(parents=True)
+    for index in range(3):
+        pixels = torch.randint(256, (8, 8, 3), generator=torch.Generator().manual_seed(10 * seed + index))
+        Image.fromarray(pixels.byte().numpy()).resize((32, 32)).save(folder / f"{index}.png")
+
+
+def test_other_images_of_the_same_names_are_captured_anew(run, tmp_path, monkeypatch):
+    random_checkpoint("cnn.ckpt")
+    checkpoint = (tmp_path / "cnn.ckpt").absolute()
+    for seed, name in enumerate("ab"):
+        pictures(tmp_path / name / "images", seed)
+        monkeypatch.chdir(tmp_path / name)
+        status, _, err = run("plot", checkpoint, "--data", "images", "-o", "c.png", "--csv", "c.csv")
+        assert status == 0, err
+        assert "on the fly" in err
+    assert (tmp_path / "a" / "c.csv").read_text() != (tmp_path / "b" / "c.csv").read_text()
+    drawn = ("plot", checkpoint, "--data", "images", "-o", "c.png", "--overwrite")
+    assert "captured before" in run(*drawn)[2]
+    (tmp_path / "b" / "images" / "1.png").write_bytes((tmp_path / "a" / "images" / "1.png").read_bytes())
+    assert "on the fly" in run(*drawn)[2]
+
+
+def test_a_list_on_standard_input_serves_every_checkpoint(run, tmp_path, monkeypatch):
+    random_checkpoint("cnn.ckpt")
+    random_checkpoint("other.ckpt")
+    pictures(tmp_path / "images", 0)
+    names = "\n".join(f"images/{k}.png" for k in range(3))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(names.encode())))
+    status, _, err = run("plot", "cnn.ckpt", "other.ckpt", "--data", "-", "-o", "a.png")
+    assert status == 0, err
+
+
+def random_checkpoint(name):
+    network = create("cnn", num_classes=10)
+    preprocessing = resolve_model_data_config(network)
+    save_checkpoint(
+        name, Checkpoint("cnn", network.state_dict(), list("abcdefghij"), preprocessing=preprocessing)
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [("--path", "horizontal"), ("--compat", "park-kim"), ("--at", "0.3"), ("--reference", "first")]
+)
+def test_the_sentence_says_what_the_figure_shows(run, tmp_path, options):
+    words = ("--images", 3, "--path", "diagonal", "--path", "horizontal")
+    assert run("capture", "cnn", *words, "-o", "cnn.h5")[0] == 0
+    status, out, err = run("plot", "--compare", "cnn.h5", *options, "--csv", "cnn.csv")
+    assert status == 0, err
+    table = csv.DictReader(Path("cnn.csv").read_text().splitlines())
+    rows = [row for row in table if row["panel"] == "response"]
+    said = re.search(r"in the last layer: cnn (\S+) ± (\S+)\.", out)
+    assert [float(word) for word in said.groups()] == [
+        pytest.approx(float(rows[-1][key]), abs=0.006) for key in ("y", "standard_error")
+    ]
+
+
+def test_the_sentence_names_the_frequency_read(run):
+    assert run("capture", "cnn", "--images", 1, "--image-size", 56, "-o", "cnn.h5")[0] == 0
+    out = run("plot", "--compare", "cnn.h5")[1]
+    assert re.search(r"at π in the last layer: cnn -?\d\.\d\d \(read at 0\.857π\)\.", out)  # 7×7, one image
+
+
+def test_outputs_that_are_inputs_or_each_other_are_refused(run, refused):
+    assert run("capture", "cnn", "--images", 2, "-o", "cnn.h5")[0] == 0
+    assert "cnn.h5 is what is to be plotted" in refused("plot", "cnn.h5", "--csv", "cnn.h5", "--overwrite")
+    assert "both figure and table" in refused("plot", "cnn.h5", "-o", "a.png", "--csv", "./a.png")
+
+
+def test_names_of_outputs(run, tmp_path):
+    assert "Wrote resnet10t.c3_in1k.h5" in run("capture", "resnet10t.c3_in1k", "--images", 1)[1]
+    assert run("capture", "cnn", "--images", 1, "-o", "spectra")[0] == 0
+    assert run("plot", "spectra")[0] == 0
+    random_checkpoint("a.b.ckpt")
+    assert "Wrote a.b.h5" in run("capture", "a.b.ckpt", "--images", 1)[1]
+
+
 def parameters(checkpoint):
     return sum(value.numel() for value in checkpoint["state_dict"].values())
 
@@ -201,6 +284,10 @@ def test_weights_files_need_an_architecture(run, refused, tmp_path):
         (["capture", "vit", "--measure", "entropy"], "entropy"),
         (["capture", "vit", "--batch-size", "0"], "batch"),
         (["capture", "vit", "--path", "zigzag"], "zigzag"),
+        (["capture", "vit", "--seed", "-1"], "seed"),
+        (["capture", "vit", "--seed", "99999999999999999999999"], "seed"),
+        (["capture", "vit", "--device", "meta"], "device meta cannot be used"),
+        (["capture", "vit", "--resume", "--overwrite"], "one of them"),
         (["capture"], "MODEL"),
         (["captrue", "vit"], "captrue"),
         (["plot", "none.h5"], "none.h5"),

@@ -1,5 +1,6 @@
 """Every way in which people keep images, and every way in which they are damaged."""
 
+import contextlib
 import io
 import os
 import pickle
@@ -15,7 +16,17 @@ import pytest
 import timm.data
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from fourierbias.errors import FourierBiasError
 from fourierbias.images import PHOTOS, Batch, ImageSource, decode, open_images, photo_path
@@ -485,6 +496,43 @@ def test_shuffled_dataloader_cannot_be_divided():
     with pytest.raises(FourierBiasError, match="shuffle=False"):
         source.shard(0, 2)
     assert len(fetch(source)[1]) == 10
+
+
+@pytest.mark.parametrize(
+    ("sampler", "fixed"),
+    [
+        (SubsetRandomSampler(range(10)), False),
+        (WeightedRandomSampler(torch.ones(10), 10), False),
+        (list(range(9, -1, -1)), True),
+        (SequentialSampler(range(10)), True),
+        (DistributedSampler(range(10), num_replicas=1, rank=0, shuffle=False), True),
+        (DistributedSampler(range(10), num_replicas=1, rank=0), False),
+    ],
+)
+def test_only_a_loader_of_a_fixed_order_can_be_divided(sampler, fixed):
+    data = TensorDataset(torch.randn(10, 3, 8, 8))
+    batches = BatchSampler(sampler, 2, drop_last=False)
+    for loader in (DataLoader(data, sampler=sampler), DataLoader(data, batch_sampler=batches)):
+        with (
+            contextlib.nullcontext() if fixed else pytest.raises(FourierBiasError, match="cannot be divided")
+        ):
+            assert len(open_images(loader, SMALL).shard(0, 2)) == 5
+
+
+def test_what_tells_images_of_the_same_names_apart(tmp_path):
+    zeros, ones = torch.zeros(3, 3, 8, 8), torch.ones(3, 3, 8, 8)
+    prints = [
+        open_images(x, SMALL).fingerprint for x in (zeros, zeros.numpy(), zeros.double(), ones, ones[:2])
+    ]
+    assert prints[0] == prints[1] == prints[2]
+    assert len(set(prints)) == 3
+    pixels = [open_images(x.byte(), SMALL).fingerprint for x in (zeros, ones)]
+    assert pixels[0] != pixels[1]
+    seeds = [open_images("photos", SMALL, images=n, seed=s).fingerprint for n in (16, 17) for s in (0, 1)]
+    assert seeds == ["", "", "seed 0", "seed 1"]  # the crops alone are drawn
+    np.save(tmp_path / "a.npy", ones.byte().numpy())
+    source = open_images(str(tmp_path / "a.npy"), SMALL)
+    assert (source.fingerprint, source.files) == ("", [str(tmp_path / "a.npy")])
 
 
 def test_iterable_dataset():

@@ -83,7 +83,7 @@ def test_windows_that_look_like_a_grid_are_no_map():
     model = Nest(img_size=64, embed_dims=(24, 24, 24), num_heads=(1, 2, 2), depths=(1, 1, 1)).eval()
     _, _, recorder = record(model, ["levels.0.transformer_encoder.0"])
     assert "16 windows of 16 tokens" in recorder.skipped["levels.0.transformer_encoder.0"]
-    x, values, recorder = record(model, "blocks", widen=True)
+    x, values, recorder = record(model, "blocks")
     with torch.no_grad():
         expected = model.forward_intermediates(x, intermediates_only=True)
     assert list(values) == ["levels.0", "levels.1", "levels.2"]
@@ -197,10 +197,11 @@ def test_the_state_after_attention_in_blocks_of_every_order(order, forward):
 
 def test_blocks_that_work_on_patches_give_way_to_the_module_around_them():
     model = timm.create_model("mobilevit_xxs").eval()
-    _, values, recorder = record(model, "blocks", size=64, widen=True)
+    _, values, recorder = record(model, "blocks", size=64)
     assert "stages.2.1" in values
     assert not recorder.skipped
-    _, narrow, recorder = record(model, "blocks", size=64)
+    patterns = [probe.name for probe in choose_probes(model, "blocks")]  # what is named is not replaced
+    _, narrow, recorder = record(model, patterns, size=64)
     assert "stages.2.1" not in narrow
     assert any("windows or patches" in reason for reason in recorder.skipped.values())
 
@@ -306,7 +307,7 @@ def test_patterns_and_their_mistakes():
 def test_forms_are_read_from_the_tensor(shape, form):
     recorder = Recorder(nn.Identity(), [], lambda *_: None, input_size=(64, 64))
     recorder._batch = 2
-    found = recorder._form(torch.zeros(shape))
+    found = recorder._form(torch.zeros(shape), nn.Identity)
     assert form in found if isinstance(form, str) else found == form
 
 
@@ -318,3 +319,67 @@ def test_kinds():
     assert kind_of(vit.blocks[0]) == "attention"
     assert kind_of(vit.blocks[0].mlp) == "mlp"
     assert kind_of(nn.ReLU()) == "other"
+
+
+def test_as_many_channels_as_pixels_on_a_side_channels_last():
+    # 24 channels on 24×24: the later stages, of 48 on 12×12, tell where the channels are.
+    options = {"img_size": 96, "embed_dim": 24, "window_size": 6, "depths": (1, 1, 1, 1)}
+    model = timm.create_model("swinv2_cr_tiny_ns_224", num_heads=(1, 2, 4, 8), **options)
+    outputs = []
+    model.stages[0].blocks[0].register_forward_hook(lambda module, args, output: outputs.append(output))
+    _, values, recorder = record(model, "blocks", size=96)
+    assert outputs[-1].shape == (2, 24, 24, 24)
+    assert torch.equal(values["stages.0.blocks.0"], outputs[-1].permute(0, 3, 1, 2))
+    assert not recorder.skipped
+    # Asked for alone, too: the other layers are looked at all the same.
+    _, values, _ = record(model, ["stages.0.blocks.0"], size=96)
+    assert torch.equal(values["stages.0.blocks.0"], outputs[-1].permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize(("name", "layout"), [("convnext_tiny", "NHWC"), ("convnext_atto", "NCHW")])
+def test_as_many_channels_as_pixels_on_a_side_in_a_network_of_both_layouts(name, layout):
+    model = timm.create_model(name, dims=(16, 32, 64, 128), depths=(1, 1, 1, 1))
+    block, outputs = model.stages[0].blocks[0], {}
+    block.register_forward_hook(lambda module, args, output: outputs.update(block=output))
+    block.mlp.register_forward_hook(lambda module, args, output: outputs.update(mlp=output))
+    _, values, _ = record(model, ["stages.*.blocks.0", "stages.*.blocks.0.mlp"])
+    assert all(output.shape == (2, 16, 16, 16) for output in outputs.values())
+    assert torch.equal(values["stages.0.blocks.0"], outputs["block"])
+    mlp = outputs["mlp"].permute(0, 3, 1, 2) if layout == "NHWC" else outputs["mlp"]
+    assert torch.equal(values["stages.0.blocks.0.mlp"], mlp)
+
+
+def test_a_layout_that_nothing_tells_is_not_guessed():
+    class Opaque(nn.Module):
+        def forward(self, x):
+            return x.mean(1, keepdim=True).expand(-1, x.shape[-1], -1, -1)
+
+    _, values, recorder = record(nn.Sequential(Opaque()), ["0"])
+    assert not values
+    assert recorder.skipped == {"0": "an output of shape (2, 64, 64, 64) may have its channels first or last"}
+
+
+def test_attention_between_tokens_is_no_map():
+    model = timm.create_model("vit_tiny_patch16_224", depth=1)
+    model.blocks[0].attn.fused_attn = False
+    _, values, recorder = record(model, ["blocks.0.attn.attn_drop", "blocks.0"], size=224, images=1)
+    assert list(values) == ["blocks.0"]
+    assert "attention between tokens" in recorder.skipped["blocks.0.attn.attn_drop"]
+
+
+def test_layers_that_are_not_called_are_named():
+    model = timm.create_model("test_vit", img_size=64)
+    model.blocks[0].attn.fused_attn = True
+    _, _, recorder = record(model, ["blocks.0", "blocks.0.attn.attn_drop"])
+    assert recorder.skipped == {"blocks.0.attn.attn_drop": "it is not called in a forward pass"}
+
+
+def test_choices_beside_patterns():
+    model = timm.create_model("test_vit", img_size=64)
+    names = [probe.name for probe in choose_probes(model, ["blocks", "blocks.0", "blocks.0.attn"])]
+    assert names == [*(f"blocks.{i}" for i in range(len(model.blocks))), "blocks.0.attn"]
+    assert names == [p.name for p in choose_probes(model, ["blocks", "blocks.0.attn"])]
+
+
+def test_a_network_that_is_one_layer_is_named_by_its_class():
+    assert [probe.name for probe in choose_probes(nn.Conv2d(3, 8, 3), "blocks")] == ["Conv2d"]

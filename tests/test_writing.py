@@ -19,6 +19,7 @@ from test_store import make_capture, write
 from fourierbias import FourierBiasError
 from fourierbias.capturing import capture, merge
 from fourierbias.cli import main
+from fourierbias.figures import plot
 from fourierbias.models.checkpoint import Checkpoint, create, save_checkpoint
 from fourierbias.store import load
 from fourierbias.writing import Writer
@@ -207,6 +208,45 @@ def test_parts_that_do_not_make_a_whole_are_refused(network, folder, tmp_path, c
     assert not list(tmp_path.glob("merged*"))
     assert typed("merge", "1.h5", "2.h5", "3.h5", "-o", "merged.h5") == 0
     assert_equal(load("merged.h5"), load("all.h5"), atol=1e-6)
+
+
+def test_parts_are_not_overwritten_by_their_whole(network, folder, tmp_path):
+    words = {"layers": "stages", "features": True, "limit": 8}
+    files = [tmp_path / f"{k}.h5" for k in (1, 2)]
+    for k, file in enumerate(files, start=1):
+        capture(network, folder, output=file, shard=(k, 2), **words)
+    before = files[0].read_bytes()
+    with pytest.raises(FourierBiasError, match=r"1\.h5 is one of the parts"):
+        merge(files, tmp_path / "." / "1.h5", overwrite=True)
+    assert files[0].read_bytes() == before
+
+
+def test_a_finished_part_is_not_taken_for_another(network, folder, tmp_path):
+    words = {"output": tmp_path / "a.h5", "resume": True, "limit": 8}
+    first = capture(network, folder, shard=(1, 2), **words)
+    assert capture(network, folder, shard=(1, 2), **words).images == first.images
+    for shard in ((2, 2), None):
+        with pytest.raises(FourierBiasError, match=r"differs in images \(images 0 to 3 of 8, not"):
+            capture(network, folder, shard=shard, **words)
+
+
+def test_other_images_of_the_same_names_are_not_gone_on_with(network, tmp_path):
+    output, x = tmp_path / "a.h5", torch.rand(4, 3, 32, 32)
+    first = capture(network, x, output=output)
+    assert_equal(capture(network, x.clone(), output=output, resume=True), first, atol=0)
+    with pytest.raises(FourierBiasError, match="differs in fingerprint"):
+        capture(network, x + 1, output=output, resume=True)
+    seeds = [
+        capture(network, "photos", limit=17, seed=seed, output=tmp_path / f"{seed}.h5") for seed in (0, 1)
+    ]
+    with pytest.raises(FourierBiasError, match="differs in fingerprint"):
+        capture(network, "photos", limit=17, seed=1, output=tmp_path / "0.h5", resume=True)
+    assert "not the same images" in plot(seeds).get_supxlabel()
+    for seed in (0, 1):
+        part = {"limit": 18, "seed": seed, "shard": (seed + 1, 2)}
+        capture(network, "photos", output=tmp_path / f"part-{seed}.h5", **part)
+    with pytest.raises(FourierBiasError, match="differ in fingerprint"):
+        merge([tmp_path / f"part-{seed}.h5" for seed in (0, 1)], tmp_path / "all.h5")
 
 
 def test_parts_without_an_image_that_can_be_read(network, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.util
 import math
 import os
@@ -13,7 +14,7 @@ import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import h5py
 import numpy as np
@@ -86,9 +87,12 @@ def open_images(
     >>> source.description, source.names[:2], source.names[-1]
     ('photographs of scikit-image: 40 images', ['astronaut', 'brick'], 'coins#3')
     """
-    for name, value, least in (("images", images, 1), ("batch size", batch_size, 1), ("workers", workers, 0)):
-        if value is not None and value < least:
-            raise FourierBiasError(f"{name} is {value}: it must be {least} or more")
+    least = {"images": (images, 1), "batch size": (batch_size, 1), "workers": (workers, 0), "seed": (seed, 0)}
+    for name, (value, bound) in least.items():
+        if value is not None and value < bound:
+            raise FourierBiasError(f"{name} is {value}: it must be {bound} or more")
+    if seed >= 2**63:
+        raise FourierBiasError(f"seed is {seed}: it must be below 2**63")
     if isinstance(data, ImageSource):
         return data if images is None else data.subset(data.indices[:images])
     preprocess = Preprocess(preprocessing)
@@ -160,7 +164,7 @@ def _same(value: Any) -> Any:
     return value
 
 
-def _array_reader(title: str, array: PerProcess) -> Array:
+def _array_reader(title: str, array: PerProcess, path: str | None = None) -> Array:
     shape, dtype = array.get().shape, array.get().dtype
     layout = array_layout(shape)
     if layout is None or dtype.kind not in "buif":
@@ -170,7 +174,7 @@ def _array_reader(title: str, array: PerProcess) -> Array:
         )
     if math.prod(shape[1:]) > LARGEST:
         raise FourierBiasError(f"{title} has images of shape {tuple(shape[1:])}: too large to be true")
-    return Array(title, array, layout)
+    return Array(title, array, layout, path)
 
 
 def _open_named(name: str, preprocess: Preprocess, images: int | None, seed: int) -> Reader:
@@ -179,7 +183,7 @@ def _open_named(name: str, preprocess: Preprocess, images: int | None, seed: int
     if name == "photos":
         return Photos(images or len(PHOTOS), preprocess, seed)
     if name == "-":
-        return _list_reader("list on standard input", sys.stdin.buffer.read(), ".", preprocess)
+        return _list_reader("list on standard input", _content(sys.stdin), ".", preprocess)
     path, key = os.path.expanduser(name), None
     if not os.path.lexists(path) and ":" in path:
         head, _, tail = path.rpartition(":")
@@ -195,6 +199,12 @@ def _open_named(name: str, preprocess: Preprocess, images: int | None, seed: int
     if known in DATASETS or (prefix in _DATASET_PREFIXES and rest):
         return _open_dataset(known, split or "validation", preprocess, images)
     raise FourierBiasError(_not_there(name, path))
+
+
+@functools.lru_cache(maxsize=1)
+def _content(stream: TextIO) -> bytes:
+    """All of standard input, which is read once, and wanted once for each model of a comparison."""
+    return stream.buffer.read()
 
 
 def _not_there(name: str, path: str) -> str:
@@ -297,7 +307,7 @@ def _numpy_reader(path: str, key: str | None) -> Array:
         if path.lower().endswith(".npy"):
             if key is not None:
                 raise FourierBiasError(f"{path} holds one array: leave :{key} out")
-            return _array_reader(path, PerProcess(np.lib.format.open_memmap, path, "r"))
+            return _array_reader(path, PerProcess(np.lib.format.open_memmap, path, "r"), path)
         with zipfile.ZipFile(path) as archive:
             arrays = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
             if key is None:
@@ -306,7 +316,7 @@ def _numpy_reader(path: str, key: str | None) -> Array:
                 key = _only(path, fitting, arrays)
             elif key not in arrays:
                 raise FourierBiasError(f"{path} has no array {key!r}: it has {', '.join(arrays) or 'none'}")
-            return _array_reader(f"{path}:{key}", _unpacked(archive, key))
+            return _array_reader(f"{path}:{key}", _unpacked(archive, key), path)
     except FourierBiasError:
         raise
     except Exception as error:
@@ -357,7 +367,7 @@ def _hdf5_reader(path: str, key: str | None) -> Array:
                 near = difflib.get_close_matches(key, fitting, n=5, cutoff=0) or list(held)[:5]
                 raise FourierBiasError(f"{path} has no dataset {key}: it has {', '.join(near) or 'none'}")
             _check_size(f"{path}:{key}", file[key])
-        return _array_reader(f"{path}:{key}", PerProcess(_open_hdf5, path, key))
+        return _array_reader(f"{path}:{key}", PerProcess(_open_hdf5, path, key), path)
     except FourierBiasError:
         raise
     except Exception as error:

@@ -8,6 +8,7 @@ import itertools
 import math
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from ..errors import FourierBiasError
 from .decoding import Preprocess, decoded, printable, reason, to_uint8, value_limit
@@ -42,6 +43,14 @@ class Reader:
     listed: bool = False  # in an order of our making, so that a limit is spread over it, not cut off
     threads: int = 4  # how many may call `read` at once
 
+    def fingerprint(self, places: Sequence[int]) -> str:
+        """What tells the images at some places from others of the same names; nothing where names do."""
+        return ""
+
+    def files(self, places: Sequence[int]) -> list[str]:
+        """The files that the images at some places are in, where they are in files of the user's."""
+        return []
+
 
 class Photos(Reader):
     """Photograph i % 16; the first round as the model's transform has it, later ones in seeded crops."""
@@ -53,6 +62,10 @@ class Photos(Reader):
         rounds = (divmod(i, len(PHOTOS)) for i in range(count))
         self.names = [f"{PHOTOS[k]}#{n + 1}" if n else PHOTOS[k] for n, k in rounds]
         self.labels = [PHOTOS[i % len(PHOTOS)] for i in range(count)]
+
+    def fingerprint(self, places: Sequence[int]) -> str:
+        """The seed, where there are crops among the photographs."""
+        return f"seed {self.seed}" if max(places) >= len(PHOTOS) else ""
 
     def read(self, place: int) -> tuple[Image.Image | Tensor, None]:
         photograph = _photograph(PHOTOS[place % len(PHOTOS)], self.preprocess.mode)
@@ -114,8 +127,15 @@ class Files(Reader):
         self.names = [printable(path) for path in paths]
         self.mode = preprocess.mode
 
+    def files(self, places: Sequence[int]) -> list[str]:
+        """The image files themselves."""
+        return [self._path(place) for place in places]
+
     def read(self, place: int) -> tuple[Image.Image, None]:
-        return decoded(os.path.join(self.folder, self.paths[place]), self.mode), None
+        return decoded(self._path(place), self.mode), None
+
+    def _path(self, place: int) -> str:
+        return os.path.join(self.folder, self.paths[place])
 
 
 class PerProcess:
@@ -141,7 +161,7 @@ class Zip(Reader):
     listed = True
 
     def __init__(self, path: str, preprocess: Preprocess) -> None:
-        self.mode = preprocess.mode
+        self.path, self.mode = path, preprocess.mode
         try:
             self.archive = PerProcess(zipfile.ZipFile, path)
         except Exception as error:  # damage shows itself in any form
@@ -161,6 +181,10 @@ class Zip(Reader):
         self.title = f"zip archive {path}" + (f", {split}/" if split else "")
         self.labels = folder_labels([name[len(split) + 1 :] if split else name for name in inside])
 
+    def files(self, places: Sequence[int]) -> list[str]:
+        """The archive."""
+        return [self.path]
+
     def read(self, place: int) -> tuple[Image.Image, None]:
         archive: zipfile.ZipFile = self.archive.get()
         member = archive.getinfo(self.members[place])
@@ -170,10 +194,13 @@ class Zip(Reader):
 
 
 class Array(Reader):
-    """Images in an array (N, H, W), (N, H, W, C) or (N, C, H, W) that may be larger than memory."""
+    """Images in an array (N, H, W), (N, H, W, C) or (N, C, H, W), of a file (``path``) or of Python.
 
-    def __init__(self, title: str, array: PerProcess, layout: str) -> None:
-        self.title, self.array, self.layout = title, array, layout
+    It may be larger than memory.
+    """
+
+    def __init__(self, title: str, array: PerProcess, layout: str, path: str | None = None) -> None:
+        self.title, self.array, self.layout, self.path = title, array, layout, path
         pixels = array.get()
         self.names = [str(i) for i in range(len(pixels))]
         spread = np.unique(np.linspace(0, len(pixels) - 1, 16).astype(int))
@@ -187,6 +214,14 @@ class Array(Reader):
             raise FourierBiasError(
                 f"{title} holds {error}; preprocessed images go in from Python, as a tensor (N, C, H, W)"
             ) from error
+
+    def fingerprint(self, places: Sequence[int]) -> str:
+        """A checksum of values, which of an array that has no name are all there is."""
+        return "" if self.path else _checksum(self.array.get(), places)
+
+    def files(self, places: Sequence[int]) -> list[str]:
+        """The file that holds the array, if one does."""
+        return [self.path] if self.path else []
 
     def read(self, place: int) -> tuple[Image.Image, None]:
         return _array_image(np.asarray(self.array.get()[place]), self.layout[1:], self.limit), None
@@ -304,10 +339,25 @@ class Preprocessed(Reader):
         self.tensor = tensor
         self.names = [str(i) for i in range(len(tensor))]
 
+    def fingerprint(self, places: Sequence[int]) -> str:
+        """A checksum of values."""
+        return _checksum(self.tensor, places)
+
     def take(self, places: Sequence[int]) -> Tensor:
         """The images at some places, (B, C, H, W) float32."""
         run = slice(places[0], places[-1] + 1) if places[-1] - places[0] + 1 == len(places) else list(places)
         return _as_float(self.tensor[run])
+
+
+def _checksum(images: Any, places: Sequence[int], most: int = 256) -> str:
+    """Of the values of up to ``most`` images, evenly spread, so that it takes no pass through all."""
+    places = [places[k * len(places) // min(most, len(places))] for k in range(min(most, len(places)))]
+    checksum = 0
+    for place in places:
+        image = images[place]
+        values = image.detach().cpu().float().numpy() if isinstance(image, Tensor) else np.asarray(image)
+        checksum = zlib.crc32(np.ascontiguousarray(values).view(np.uint8), checksum)
+    return f"crc32 {checksum:08x}"
 
 
 class Stream(Reader):
@@ -316,7 +366,7 @@ class Stream(Reader):
     def __init__(self, title: str, items: Iterable[Any], preprocess: Preprocess, count: int) -> None:
         self.title, self.items, self.preprocess = title, items, preprocess
         self.names = [str(i) for i in range(count)]
-        self.shuffled = isinstance(getattr(items, "sampler", None), RandomSampler)
+        self.shuffled = isinstance(items, DataLoader) and not _in_fixed_order(items)
 
     def chunks(self, batch_size: int) -> Iterator[list[Any]]:
         """Lists of (image, label), or of an exception in the place of one that cannot be used."""
@@ -326,6 +376,15 @@ class Stream(Reader):
         while items := list(itertools.islice(iterator, 1 if loader else batch_size)):
             parts = [part for item in items for part in _uncollate(item, collated)]
             yield [attempt(lambda part=part: _item(part, self.preprocess)) for part in parts]
+
+
+def _in_fixed_order(loader: DataLoader[Any]) -> bool:
+    """Whether a loader is known to give the same order each time; one of an iterable data set is taken to."""
+    if isinstance(loader.dataset, IterableDataset):
+        return True
+    sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    sampler = sampler.sampler if isinstance(sampler, BatchSampler) else sampler
+    return isinstance(sampler, SequentialSampler | Sequence) or getattr(sampler, "shuffle", None) is False
 
 
 def _uncollate(item: Any, collated: bool) -> list[Any]:

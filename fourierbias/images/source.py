@@ -71,6 +71,22 @@ class ImageSource:
         part = "" if len(self) == len(self.names) else f", {len(self)} of them"
         return f"<ImageSource {self.description}{part}>"
 
+    @property
+    def fingerprint(self) -> str:
+        """What tells the images of the whole source from others of the same names; nothing where names do.
+
+        >>> import torch
+        >>> from fourierbias.images import open_images
+        >>> open_images(torch.zeros(2, 3, 8, 8), {"input_size": (3, 8, 8)}).fingerprint
+        'crc32 ...'
+        """
+        return self._reader.fingerprint(self._places)
+
+    @property
+    def files(self) -> list[str]:
+        """The files that the images of the whole source are in, where they are in files of the user's."""
+        return self._reader.files(self._places)
+
     def subset(self, indices: Iterable[int]) -> ImageSource:
         """The part of the source at these places of the whole order, sorted.
 
@@ -82,7 +98,9 @@ class ImageSource:
         if strange is not None:
             raise FourierBiasError(f"image {strange} is not among the {len(self)} of {self.description}")
         if isinstance(self._reader, Stream) and self._reader.shuffled and len(indices) < len(self.names):
-            raise FourierBiasError("a shuffled DataLoader cannot be divided: make it with shuffle=False")
+            raise FourierBiasError(
+                "a shuffled DataLoader cannot be divided: make it with shuffle=False or a list as sampler"
+            )
         part = object.__new__(ImageSource)
         part.__dict__.update(self.__dict__)
         part.indices, part.failures = indices, []

@@ -37,7 +37,7 @@ from .fitting import (
 )
 from .weights import find_state_dicts, kind_of, one_line, read_weights, reason, sha256
 
-_WEIGHT_SUFFIXES = (".ckpt", ".pth", ".pt", ".bin", ".tar", ".npz", ".safetensors", ".pkl", ".h5")
+WEIGHT_SUFFIXES = (".ckpt", ".pth", ".pt", ".bin", ".tar", ".npz", ".safetensors", ".pkl", ".h5")
 _FACTORY = re.compile(r"[A-Za-z_]\w+(\.\w+)*:[A-Za-z_]\w*(\.\w+)*")
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
 _CROP_MODES = ("center", "squash", "border")
@@ -154,7 +154,7 @@ def _is_file_name(name: str) -> bool:
     if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         return False
     path = os.path.expanduser(name)
-    if os.path.isfile(path) or os.sep in name or name.lower().endswith(_WEIGHT_SUFFIXES):
+    if os.path.isfile(path) or os.sep in name or name.lower().endswith(WEIGHT_SUFFIXES):
         return True
     return os.path.exists(path) and not timm.is_model(name)  # a folder does not hide a model of its name
 
@@ -263,7 +263,7 @@ def _from_timm_source(name: str, request: _Request) -> LoadedModel:
             raise FourierBiasError(
                 f"{folder} has no config.json, so local-dir: cannot read it; name the file"
             )
-        files = [path for path in folder.iterdir() if path.name.lower().endswith(_WEIGHT_SUFFIXES)]
+        files = [path for path in folder.iterdir() if path.name.lower().endswith(WEIGHT_SUFFIXES)]
         digest = sha256(files[0]) if len(files) == 1 else None
     arguments = {"num_classes": request.num_classes, **request.model_args}
     arguments = {key: value for key, value in arguments.items() if value is not None}
