@@ -33,6 +33,7 @@ from .distributed import (
     local_device,
     rank,
     together,
+    usable_device,
     world_size,
 )
 from .errors import FourierBiasError
@@ -488,15 +489,10 @@ def _on_device(
     own = next((p.device for p in network.parameters()), torch.device("cpu"))
     if device is None:
         device = own if keep and world_size() == 1 else local_device()
+    device = usable_device(device)
     try:
-        device = torch.device(device)
-        if device.type == "meta":
-            raise RuntimeError("it holds no values")
         if device != own:
             network.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise FourierBiasError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from None
-    try:
         yield device
     finally:
         if device != own:

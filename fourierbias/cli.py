@@ -12,7 +12,7 @@ import click
 
 from ._malloc import keep_memory
 from ._version import __version__
-from .distributed import is_first, session
+from .distributed import is_first, local_device, session, usable_device
 from .errors import FourierBiasError
 
 _PATHS = ("diagonal", "horizontal", "vertical", "radial", "2d")
@@ -363,7 +363,10 @@ def _written(*paths: Path | None) -> str:
 @click.option("--gate-lr", type=float, help="Factor on the learning rate of gates.  [default: 1]")
 @click.option("--locality", type=float, help="Strength α of positional attention (default: exact).")
 @click.option(
-    "--recast", multiple=True, metavar="PATTERN", help="Start with these convolutions as attention."
+    "--recast",
+    multiple=True,
+    metavar="PATTERN",
+    help="Start with these convolutions as attention; with --schedule, those that switch.",
 )
 @click.option(
     "--mode",
@@ -382,7 +385,7 @@ def _written(*paths: Path | None) -> str:
 @click.option("--save-every", type=float, help="Seconds between saved states.  [default: 300]")
 @click.option("--evaluate-every", type=int, help="Epochs between evaluations.  [default: 1]")
 @click.option("--device", help="cpu, cuda, … (default: a GPU if there is one).")
-@click.option("--threads", type=int, help="CPU threads (default: all cores).")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads (default: all cores).")
 @click.option(
     "--resume", is_flag=True, help="Go on with a training that was interrupted; starts one if none was."
 )
@@ -412,6 +415,7 @@ def train(
     import torch
 
     from .training.bootstrap import bootstrap
+    from .training.output import Files, output_path
     from .training.probe import SpectrumProbe
     from .training.recipe import Recipe
     from .training.trainer import TrainingInterruptedError
@@ -432,8 +436,8 @@ def train(
         )
     hooks = []
     if probe is not None:
-        series = (output or Path(f"{model}.ckpt")).with_suffix(".probe.h5")
-        hooks.append(SpectrumProbe(series, probe, recipe.epochs))
+        series = Files(output_path(model, output)).series
+        hooks.append(SpectrumProbe(series, probe, recipe.epochs, image_size=recipe.image_size))
     try:
         result = run(
             model,
@@ -469,8 +473,6 @@ def evaluate(
     checkpoints: tuple[str, ...], data: str, device: str | None, csv: Path | None, overwrite: bool
 ) -> None:
     """Recompute the test accuracy of CHECKPOINTS, and show what they recorded of it."""
-    import torch
-
     from .models.checkpoint import build, read_checkpoint
     from .store import checked_output
     from .training.data import load_data
@@ -480,7 +482,7 @@ def evaluate(
     if csv is not None:
         checked_output(csv, overwrite=overwrite)
     rows = []
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = usable_device(device) if device else local_device()
     loaded: dict[str, Any] = {}
     for path in checkpoints:
         checkpoint = read_checkpoint(path)
@@ -488,7 +490,7 @@ def evaluate(
         if key not in loaded:
             loaded[key] = load_data(data, checkpoint.preprocessing, say=_say)
         network = build(checkpoint).to(device)
-        accuracy = measure(network, loaded[key], device)["accuracy"]
+        accuracy = measure(network, loaded[key].evaluation_for(checkpoint.classes), device)["accuracy"]
         recorded = checkpoint.metrics.get("test_accuracy")
         noted = "" if recorded is None else f"  recorded {100 * recorded:6.2f} %"
         click.echo(f"{path}  accuracy {100 * accuracy:6.2f} %{noted}")

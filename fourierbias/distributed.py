@@ -148,6 +148,24 @@ def _is_lost_connection(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
+def usable_device(name: torch.device | str) -> torch.device:
+    """Return the device that is named; FourierBiasError if nothing can be computed on it.
+
+    >>> usable_device("cpu")
+    device(type='cpu')
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it holds no values")
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise FourierBiasError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
 def local_device() -> torch.device:
     """Return the device of this process: its GPU, by LOCAL_RANK, where there are any, else the CPU.
 

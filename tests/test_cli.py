@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pytest
 import timm
 import torch
@@ -265,6 +266,41 @@ def test_spectra_through_training(run, tmp_path):
     assert "content_share" in out
 
 
+def test_spectra_are_those_of_one_training(run, refused):
+    words = ("--fraction", 0.02, "--batch-size", 16)
+    assert run("train", "cnn", "--epochs", 2, "--probe", 1, *words, "-o", "a")[0] == 0
+    assert run("train", "cnn", "--epochs", 1, "--probe", 1, *words, "-o", "a", "--overwrite")[0] == 0
+    assert [epoch for epoch, _ in fourierbias.store.load_series("a.probe.h5")] == [0, 1]
+    Path("a.ckpt").unlink()
+    assert "a.probe.h5 exists" in refused("train", "cnn", "--epochs", 1, *words, "-o", "a")
+    for name in ("lr0.1", "lr0.2"):
+        assert run("train", "cnn", "--epochs", 1, "--probe", 1, *words, "-o", name)[0] == 0
+    assert Path("lr0.1.probe.h5").exists()
+    assert Path("lr0.2.probe.h5").exists()
+
+
+def test_spectra_through_training_are_of_the_trainings_image_size(run):
+    words = ("--epochs", 1, "--fraction", 0.02, "--batch-size", 16, "--image-size", 48)
+    assert run("train", "cnn", "--probe", 1, *words)[0] == 0
+    ((_, _), (_, last)) = fourierbias.store.load_series("cnn.probe.h5")
+    captured = fourierbias.capture("cnn.ckpt", "photos", limit=64)
+    assert last["layer1.0"].attrs["height"] == 48
+    np.testing.assert_allclose(last["layer4.1"].relative, captured["layer4.1"].relative, atol=1e-4)
+
+
+def test_evaluation_on_other_classes_is_refused(run, refused, tmp_path):
+    random_checkpoint("cnn.ckpt")  # of classes a to j
+    for part in ("train", "test"):
+        pictures(tmp_path / "data" / part / "b", 0)
+        pictures(tmp_path / "data" / part / "x", 1)
+    said = refused("evaluate", "cnn.ckpt", "--data", "data")
+    assert "tells a, b, c and 7 more apart, and these images have a class x" in said
+    for part in ("train", "test"):
+        (tmp_path / "data" / part / "x").rename(tmp_path / "data" / part / "j")
+    status, _, err = run("evaluate", "cnn.ckpt", "--data", "data")
+    assert status == 0, err
+
+
 def test_weights_files_need_an_architecture(run, refused, tmp_path):
     torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "w.pth")
     assert "--arch" in refused("capture", "w.pth")
@@ -296,6 +332,11 @@ def test_weights_files_need_an_architecture(run, refused, tmp_path):
         (["train", "vit", "--data", "nowhere"], "nowhere"),
         (["train", "vit", "--epochs", "0"], "epochs"),
         (["train", "vit", "--fraction", "1.5"], "fraction"),
+        (["train", "vit", "--threads", "0"], "threads"),
+        (["train", "vit", "--device", "gpu"], "device gpu cannot be used"),
+        (["train", "resnet18.foo"], "foo"),
+        (["train", "vgg11", "--image-size", "16", "--fraction", "0.02"], "fails on images of 16×16"),
+        (["evaluate", "none.ckpt", "--data", "photos", "--device", "gpu"], "device gpu cannot be used"),
         (["evaluate", "none.ckpt", "--data", "photos"], "none.ckpt"),
     ],
 )

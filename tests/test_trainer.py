@@ -17,6 +17,7 @@ from torch import nn
 
 from fourierbias.errors import FourierBiasError
 from fourierbias.models.checkpoint import build, create, read_checkpoint
+from fourierbias.models.reparam import recast, reparam_layers
 from fourierbias.training.data import Data, evaluation_batches, load_data
 from fourierbias.training.learner import Classifier, Learner, LearnerEma, batch_accuracy, evaluate
 from fourierbias.training.recipe import Recipe
@@ -427,7 +428,7 @@ def test_a_switch_is_smooth_logged_and_followed_by_optimiser_and_average(data, t
 
 
 def test_a_schedule_needs_layers_that_can_switch(data, tmp_path):
-    with pytest.raises(FourierBiasError, match="train prs, or give --recast"):
+    with pytest.raises(FourierBiasError, match="train prs, or name with --recast"):
         run(data, tmp_path / "a.ckpt", recipe={**SWITCHING, "schedule": "late-first"})
 
 
@@ -447,7 +448,72 @@ def test_recast_layers_are_trained_saved_and_resumed(data, tmp_path):
     assert build(read_checkpoint(tmp_path / "a.ckpt")).layer4[0].conv1.gate.abs().max() > 0
 
 
+def test_a_schedule_over_layers_of_any_network(data, tmp_path):
+    options = {"recast": {"layers": ["layer4.*"]}, "recipe": {**SWITCHING, "schedule": "uniform:1"}}
+    run(data, tmp_path / "whole.ckpt", **options)
+    stopping = {"on_step": stop_at(8), "recipe": {**options["recipe"], "save_every": 0}}
+    with pytest.raises(StoppedHereError):
+        run(data, tmp_path / "a.ckpt", **{**options, **stopping})
+    run(data, tmp_path / "a.ckpt", **options, resume=True)
+    assert same(weights(tmp_path / "a.ckpt"), weights(tmp_path / "whole.ckpt"))
+    assert [row["switched"] for row in rows_of(tmp_path / "a.csv")] == [
+        "",
+        "layer4.0.conv1 layer4.0.conv2",
+        "",
+    ]
+    assert build(read_checkpoint(tmp_path / "a.ckpt")).layer4[0].conv1.is_attention
+    never = {**options, "recipe": {**SWITCHING, "schedule": "conv"}}
+    run(data, tmp_path / "never.ckpt", **never)
+    assert not build(read_checkpoint(tmp_path / "never.ckpt")).layer4[0].conv1.is_attention
+
+
+@pytest.mark.parametrize("made", [create, timm.create_model])
+def test_a_network_recast_in_python_is_trained_and_read_again(data, tmp_path, made):
+    network = recast(recast(made("cnn", num_classes=16), "layer4.1", gate="sigmoid"), "layer4.0.conv2")
+    recipe = Recipe(epochs=1, batch_size=32)
+    result = train(network, data, tmp_path / "a.ckpt", recipe, device="cpu", progress=False)
+    layers = reparam_layers(build(read_checkpoint(result.path)))
+    assert {name: layer.gate_kind for name, layer in layers.items()} == {
+        "layer4.0.conv2": "linear", "layer4.1.conv1": "sigmoid", "layer4.1.conv2": "sigmoid",
+    }  # fmt: skip
+
+
+def test_a_network_that_could_not_be_read_again_is_refused(data, tmp_path):
+    network = timm.create_model("vit", num_classes=16, depth=2)
+    with pytest.raises(FourierBiasError, match=r"could not be read again.*make it with models\.checkpoint"):
+        train(network, data, tmp_path / "a.ckpt", Recipe(epochs=1), device="cpu", progress=False)
+    for options in ({"recast": {"layers": ["layer4"]}}, {"model_args": {"depth": 2}}):
+        with pytest.raises(FourierBiasError, match=f"{next(iter(options))} is for a network given by name"):
+            train(create("cnn", num_classes=16), data, tmp_path / "a.ckpt", device="cpu", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_odd_batch_is_mixed(data, tmp_path):
+    """An image that cannot be read leaves an odd number, and mixing wants pairs."""
+
+    def shorten(run):
+        if run.step == 2:
+            update = run.update
+            run.update = lambda images, targets: update(images[:-1], targets[:-1])
+
+    result = run(data, tmp_path / "a.ckpt", recipe={**RECIPE, "epochs": 1}, on_step=[shorten])
+    assert math.isfinite(result.metrics["train_loss"])
+
+
 # ---------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("opt", ["foo", "adahessian", "fusedadam"])
+def test_optimisers_that_cannot_be(data, tmp_path, opt):
+    with pytest.raises(FourierBiasError, match=f"optimiser {opt} cannot be used; nmuon"):
+        run(data, tmp_path / "a.ckpt", recipe={**RECIPE, "opt": opt})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta", "cuda:99"])
+def test_devices_that_cannot_be(data, tmp_path, device):
+    with pytest.raises(FourierBiasError, match=f"device {device} cannot be used"):
+        run(data, tmp_path / "a.ckpt", device=device)
 
 
 def test_a_loss_that_is_not_finite(data, tmp_path):
@@ -468,6 +534,7 @@ def test_a_loss_that_is_not_finite(data, tmp_path):
         ({"batch_size": 33, "mixup": 0.1}, "even batch_size"),
         ({"lr": 0.0}, "lr must be above 0"),
         ({"lr": float("nan")}, "lr must be above 0"),
+        ({"warmup_epochs": math.inf}, "warmup_epochs must be at least 0, and finite"),
         ({"min_lr": 1.0}, "min_lr must be between 0 and lr"),
         ({"fraction": 0.0}, r"fraction must be in \(0, 1\]"),
         ({"fraction": 1.5}, "fraction"),

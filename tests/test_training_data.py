@@ -285,6 +285,18 @@ def test_cifar_without_a_network_says_what_to_do(monkeypatch, tmp_path):
 # ---------------------------------------------------------------------------------- large sets, formats
 
 
+def test_labels_go_by_the_names_of_classes(folder):
+    data = load_data(folder, PREPROCESSING)
+    assert data.evaluation_for(data.classes) is data.evaluation
+    more = ["before", *data.classes[::-1]]
+    split = data.evaluation_for(more)
+    names = [data.classes[label] for label in data.evaluation.labels]
+    assert [more[label] for label in split.labels] == names
+    assert torch.equal(split.pixels, data.evaluation.pixels)
+    with pytest.raises(FourierBiasError, match=f"these images have a class {data.classes[-1]}"):
+        data.evaluation_for(data.classes[:-1])
+
+
 def test_a_set_too_large_for_memory_is_read_as_needed(folder):
     held, read = (load_data(folder, PREPROCESSING, memory_limit=limit) for limit in (1 << 30, 0))
     assert read.train.pixels is None

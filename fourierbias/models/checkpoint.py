@@ -149,8 +149,9 @@ def create(
     """Build a network with timm that knows how it was built (``model.built_from``).
 
     ``recast`` holds ``layers`` (names or glob patterns of convolutions) and the options of
-    `fourierbias.recast`. Raises FourierBiasError for a name timm does not know (offering the nearest) and for
-    arguments the architecture does not take.
+    `fourierbias.recast`, or ``"form": "conv"`` for layers that are to become attention later. Raises
+    FourierBiasError for a name timm does not know (offering the nearest) and for arguments the architecture
+    does not take.
 
     >>> create("cnn", num_classes=3).built_from["arch"]
     'cnn'
@@ -161,10 +162,14 @@ def create(
     except TypeError as error:
         raise FourierBiasError(f"{arch} does not take these arguments: {error}") from None
     if recast is not None:
+        from .reparam import make_reparameterizable
         from .reparam import recast as recast_layers
 
-        options = {key: value for key, value in recast.items() if key != "layers"}
-        model = recast_layers(model, list(recast["layers"]), **options)
+        options = {key: value for key, value in recast.items() if key not in ("layers", "form")}
+        if recast.get("form") == "conv":
+            make_reparameterizable(model, list(recast["layers"]))
+        else:
+            model = recast_layers(model, list(recast["layers"]), **options)
     model.built_from = {
         "arch": arch,
         "arch_args": dict(arch_args),
@@ -184,6 +189,23 @@ def built_from(network: nn.Module) -> dict[str, Any]:
             "and give its name"
         )
     return {"arch": arch, "arch_args": {}, "recast": None}
+
+
+def check_rebuilds(network: nn.Module, num_classes: int) -> None:
+    """Raise FourierBiasError for a network of other classes, or one that its record does not make again."""
+    if network.num_classes != num_classes:
+        raise FourierBiasError(f"the model has {network.num_classes} classes, the data have {num_classes}")
+    record = built_from(network)
+    arch_args = {key: value for key, value in record["arch_args"].items() if key != "num_classes"}
+    with torch.random.fork_rng(devices=[]):
+        again = create(record["arch"], num_classes=num_classes, recast=record["recast"], **arch_args)
+    try:
+        load_weights(again, network.state_dict())
+    except FourierBiasError as error:
+        raise FourierBiasError(
+            f"a checkpoint of this {record['arch']} could not be read again, for it has other layers than "
+            f"its name and arguments say; make it with models.checkpoint.create or by name ({error})"
+        ) from None
 
 
 def build(checkpoint: Checkpoint) -> nn.Module:

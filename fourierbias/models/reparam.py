@@ -22,7 +22,7 @@ import copy
 import fnmatch
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any, Literal
 
 import torch
@@ -726,6 +726,7 @@ def recast(
     the network's modules: ``"layer4.*.conv2"``, or ``"layer4"`` for all below it. Patterns take what can
     become attention and has a kernel of 3×3 or more, and leave the rest.
 
+    A checkpoint of the copy can be read again if one of the network could (`models.checkpoint.create`).
     Raises FourierBiasError for a pattern that names no such convolution, and for a named convolution that
     cannot become attention.
 
@@ -735,11 +736,18 @@ def recast(
     >>> list(reparam_layers(attentive)), torch.allclose(attentive(x), model(x), atol=1e-4)
     (['layer4.0.conv1', 'layer4.0.conv2'], True)
     """
+    from .checkpoint import built_from
+
     model = copy.deepcopy(model)
-    for name in make_reparameterizable(model, layers):
+    names = make_reparameterizable(model, layers)
+    for name in names:
         layer = model.get_submodule(name)
         if not layer.is_attention:
             layer.reparameterize(gate, locality, head_dim, gate_init, generator, memory_limit)
+    with suppress(FourierBiasError):  # how this network was built is not known
+        record = built_from(model)
+        earlier = (record["recast"] or {}).get("layers", [])
+        model.built_from = {**record, "recast": {"layers": [*earlier, *names]}}
     return model
 
 

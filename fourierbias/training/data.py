@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import FourierBiasError
 from ..images import PHOTOS, SUFFIXES, decode, photo_path
+from ..models.checkpoint import first_three
 
 TRAIN_GRID, TEST_GRID = (15, 20), (15, 4)  # rows and columns of patches cut from one photograph
 TEST_FOLDERS = ("test", "val", "validation", "valid")
@@ -74,6 +75,22 @@ class Data:
     evaluation: Split
     classes: list[str]
     description: dict[str, Any]
+
+    def evaluation_for(self, classes: Sequence[str]) -> Split:
+        """Return the images to evaluate on, labelled as a network of ``classes`` counts them.
+
+        The names must be among its own; FourierBiasError if they are not.
+        """
+        if list(classes) == self.classes:
+            return self.evaluation
+        strange = next((name for name in self.classes if name not in classes), None)
+        if strange is not None:
+            raise FourierBiasError(
+                f"the network tells {first_three(classes)} apart, and these images have a class {strange}: "
+                "evaluate on its own data"
+            )
+        places = torch.tensor([list(classes).index(name) for name in self.classes])
+        return replace(self.evaluation, labels=places[self.evaluation.labels])
 
 
 def load_data(

@@ -38,9 +38,15 @@ class Files:
         """Where the checkpoint of the best epoch on the evaluation images is kept."""
         return self.beside(".best.ckpt")
 
-    def clear(self, overwrite: bool) -> None:
-        """Remove what an earlier training left, if it is to be overwritten."""
-        for path in (self.state, self.checkpoint, self.best) if overwrite else ():
+    @property
+    def series(self) -> Path:
+        """Where spectra through training are kept (`SpectrumProbe`)."""
+        return self.beside(".probe.h5")
+
+    def clear(self) -> None:
+        """Remove what an earlier training left."""
+        others = (self.beside(suffix) for suffix in (".csv", ".layers.csv", ".agent.ckpt"))
+        for path in (self.state, self.checkpoint, self.best, self.series, *others):
             path.unlink(missing_ok=True)
 
 
@@ -73,8 +79,9 @@ def check_output(files: Files, resume: bool, overwrite: bool) -> None:
         raise FourierBiasError(
             f"a training of {files.checkpoint} is under way or was stopped: give --resume or --overwrite"
         )
-    if files.checkpoint.exists():
-        raise FourierBiasError(f"{files.checkpoint} exists: give --overwrite or another output")
+    for path in (files.checkpoint, files.series):
+        if path.exists():
+            raise FourierBiasError(f"{path} exists: give --overwrite or another output")
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -107,7 +114,7 @@ def epoch_line(row: Mapping[str, Any], epochs: int) -> str:
             parts.append(f"{key.replace('_', ' ')} {100 * value:.1f} %")
     if row.get("switched"):
         count, change = len(row["switched"].split()), row["logit_change"]
-        parts.append(f"{count} layers switched (logits moved by at most {change:.1e})")
+        parts.append(f"{count} layer{'s'[: count > 1]} switched (logits moved by at most {change:.1e})")
     return "  ".join([*parts, f"{row['images_per_second']:.0f} images/s"])
 
 

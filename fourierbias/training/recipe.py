@@ -1,5 +1,6 @@
 """How a network is trained: one frozen record, the same for every reference model."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,8 +21,8 @@ class Recipe:
     ``mixup`` and ``cutmix`` are the α of timm's Mixup, 0 for none. ``ema`` is the final decay of the
     average of the weights, which is what is evaluated and saved; it warms up, so short runs are sane.
     ``evaluate_every`` is in epochs (the last epoch is always evaluated), ``save_every`` in seconds.
-    ``opt`` is any optimiser of timm's; ``nmuon`` is Muon with Nesterov momentum and steps of the size of
-    AdamW's for matrices and convolutions, and NAdamW for everything else.
+    ``opt`` is any optimiser of timm's that needs first derivatives only; ``nmuon`` is Muon with Nesterov
+    momentum and steps of the size of AdamW's for matrices and convolutions, and NAdamW for everything else.
     ``schedule``, ``schedule_by``, ``gate``, ``gate_lr`` (a factor on ``lr`` for gates) and ``locality`` are
     for networks with reparameterizable convolutions.
 
@@ -64,7 +65,7 @@ class Recipe:
             "batch_size": (self.batch_size >= 2, "at least 2, for batch statistics"),
             "lr": (self.lr > 0, "above 0"),
             "weight_decay": (self.weight_decay >= 0, "at least 0"),
-            "warmup_epochs": (self.warmup_epochs >= 0, "at least 0"),
+            "warmup_epochs": (0 <= self.warmup_epochs < math.inf, "at least 0, and finite"),
             "min_lr": (0 <= self.min_lr <= self.lr, "between 0 and lr"),
             "smoothing": (0 <= self.smoothing < 1, "in [0, 1)"),
             "mixup": (self.mixup >= 0, "at least 0"),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_info
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
@@ -18,6 +18,7 @@ from ..distributed import agree, broadcast, by_first, rank, spread, total, world
 from ..errors import FourierBiasError
 from ..models.checkpoint import Checkpoint, built_from, load_torch, save_torch
 from ..models.reparam import attention_statistics, reparam_layers
+from ..models.weights import one_line
 from .data import Data, Split, evaluation_batches, plan_epoch, share, step_seed, training_batches
 from .learner import Learner, LearnerEma, autocast, evaluation_sums, fit_machine, logits_of, means
 from .parallel import LossFunction, global_batch_norm, global_loss
@@ -48,9 +49,12 @@ class Run:
         self.steps_per_epoch = len(plan)
         fit_machine(learner, device, self.dtype)
         options = {"fused": True} if recipe.opt == "adamw" else {}
-        self.optimizer = create_optimizer_v2(
-            learner, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, **options
-        )
+        with one_line(f"optimiser {recipe.opt} cannot be used; nmuon, adamw and sgd can"):
+            if get_optimizer_info(recipe.opt).second_order:
+                raise ValueError("it needs second derivatives")
+            self.optimizer = create_optimizer_v2(
+                learner, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay, **options
+            )
         self.scheduler = self.new_scheduler()
         self.ema = self.new_ema()
         mixes = recipe.mixup > 0 or recipe.cutmix > 0
@@ -106,10 +110,12 @@ class Run:
             return None
         from .schedule import Schedule
 
-        layers = list(reparam_layers(self.learner.networks[""]))
+        found = reparam_layers(self.learner.networks[""])
+        layers = [name for name, layer in found.items() if not layer.is_attention]
         if not layers:
             raise FourierBiasError(
-                "a schedule needs reparameterizable convolutions: train prs, or give --recast"
+                "a schedule needs reparameterizable convolutions: train prs, or name with --recast those of "
+                "another network"
             )
         return Schedule.parse(self.recipe.schedule, layers, self.recipe.epochs, by=self.recipe.schedule_by)
 
@@ -174,6 +180,8 @@ class Run:
         np.random.seed(seed % 2**32)  # Mixup draws from numpy's global state, the same on every process
         self.scheduler.step_update(number)
         if self.mixup is not None:
+            if len(images) % 2:  # an image could not be read, and mixing wants pairs
+                images, targets = torch.cat([images, images[-1:]]), torch.cat([targets, targets[-1:]])
             images, targets = self.mixup(images, targets)
         with autocast(self.device, self.dtype), global_batch_norm():
             loss, metrics = self.global_loss(images, targets, self.epoch / self.recipe.epochs)

@@ -71,7 +71,9 @@ class Schedule:
         """
         layers = list(layers)
         if not layers:
-            raise FourierBiasError(f"schedule {text!r} has no layer to switch; train prs, or recast a CNN")
+            raise FourierBiasError(
+                f"schedule {text!r} has no layer to switch; train prs, or another network with --recast"
+            )
         if by not in ("layer", "stage"):
             raise FourierBiasError(f"cannot schedule by {by!r}; use layer or stage")
         if "=" in text:

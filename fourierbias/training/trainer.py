@@ -18,12 +18,13 @@ from timm.data import resolve_data_config, resolve_model_data_config
 from timm.models import get_pretrained_cfg
 from torch import nn
 
-from ..distributed import anyone, by_first, is_first, local_device, together, world_size
+from ..distributed import anyone, by_first, is_first, local_device, together, usable_device, world_size
 from ..errors import FourierBiasError
-from ..models.checkpoint import check_arch, create, read_checkpoint, save_checkpoint
+from ..models.checkpoint import check_arch, check_rebuilds, create, read_checkpoint, save_checkpoint
+from ..models.weights import one_line
 from ..progress import stop_signals
 from .data import Data, load_data, step_seed
-from .learner import Classifier, Learner, evaluate
+from .learner import Classifier, Learner, evaluate, logits_of
 from .output import Files, check_output, epoch_line, output_path, progress_bar, say, write_csv
 from .recipe import Recipe
 from .run import Run, compare_identity, identity
@@ -78,13 +79,14 @@ def train(
 ) -> Result:
     """Train a network and write ``output`` (NAME.ckpt) with NAME.best.ckpt and the log NAME.csv beside it.
 
-    ``model`` is a timm name (with ``model_args``, and ``recast`` as for `create`) or a network that timm
-    built; ``data`` as for `load_data`; ``learner`` makes the `Learner` of a model (default: `Classifier`).
-    While under way all is kept in NAME.state; ``resume`` goes on from it (or starts, if there is none) and
-    ends with the same weights as without interruption (on a CPU to the bit, with as many threads).
-    ``on_step`` are called after every update with the `Run`, ``on_epoch_end`` with the number of epochs done
-    (0 before the first) and the averaged networks; after a kill that may be the same epoch again. ``half``
-    stores the checkpoints' weights in half precision. Sets torch's and numpy's random state.
+    ``model`` is a timm name (with ``model_args``, and ``recast`` as for `create`, the layers that switch if
+    the recipe has a schedule) or a network that timm built; ``data`` as for `load_data`; ``learner`` makes
+    the `Learner` of a model (default: `Classifier`). While under way all is kept in NAME.state; ``resume``
+    goes on from it (or starts, if there is none) and ends with the same weights as without interruption (on a
+    CPU to the bit, with as many threads). ``on_step`` are called after every update with the `Run`,
+    ``on_epoch_end`` with the number of epochs done (0 before the first) and the averaged networks; after a
+    kill that may be the same epoch again. ``half`` stores the checkpoints' weights in half precision. Sets
+    torch's and numpy's random state.
 
     Within `distributed.session` several processes train together, all calling this with the same arguments.
     The recipe's batch is then that of all of them; the first process says and writes what there is to, and
@@ -105,7 +107,8 @@ def train(
         say(console, f"going on from {files.state}: epoch {run.epoch + 1}, step {run.step + 1}")
     elif resume and by_first(files.checkpoint.exists):
         return by_first(lambda: finished(files, run))
-    by_first(lambda: files.clear(overwrite))
+    elif resume or overwrite:
+        by_first(files.clear)
     if run.schedule is not None:
         say(console, run.schedule.table())
     if run.updates_done == 0:
@@ -173,14 +176,9 @@ def set_up(
     """Load the data as the model wants it, build the model with as many classes, and make a run of them."""
     device = training_device(device)
     if isinstance(model, str):
-        check_arch(model)
-        config = get_pretrained_cfg(model)
-        preprocessing = resolve_data_config(pretrained_cfg=config.to_dict())
-        if recipe.image_size is not None:
-            preprocessing["input_size"] = (3, recipe.image_size, recipe.image_size)
-            if config.fixed_input_size:
-                model_args = {"img_size": recipe.image_size, **model_args}
+        preprocessing, model_args = as_named(model, recipe, model_args)
     else:
+        check_given(recipe, model_args, recast)
         preprocessing = resolve_model_data_config(model)
     if not isinstance(data, Data):
         data = load_data(
@@ -193,15 +191,17 @@ def set_up(
         )
     torch.manual_seed(step_seed(recipe.seed, 0))
     if isinstance(model, str):
-        if recipe.drop_path:
-            model_args = {**model_args, "drop_path_rate": recipe.drop_path}
+        if recast is not None and recipe.schedule is not None:
+            recast = {**recast, "form": "conv"}
         model = create(model, num_classes=len(data.classes), recast=recast, **model_args)
-    elif model.num_classes != len(data.classes):
-        raise FourierBiasError(
-            f"the model has {model.num_classes} classes, the data have {len(data.classes)}"
-        )
+    else:
+        check_rebuilds(model, len(data.classes))
     made = Classifier(model, recipe.smoothing) if learner is None else learner(model, recipe)
     run = Run(made, data, recipe, device)
+    size = data.train.preprocessing["input_size"]
+    with one_line(f"the network fails on images of {size[1]}×{size[2]} pixels"):
+        for network in made.networks.values():
+            logits_of(network, torch.zeros(2, *size, device=device))
     counts = f"{len(data.train)} images to train on, {len(data.evaluation)} to evaluate on"
     arithmetic = "float32" if run.dtype is None else "bfloat16 where it is safe"
     processes = f"{world_size()} processes, " if world_size() > 1 else ""
@@ -213,13 +213,41 @@ def set_up(
     return run
 
 
+def as_named(
+    arch: str, recipe: Recipe, model_args: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return preprocessing and arguments of a network that timm builds by name, with what a recipe says."""
+    check_arch(arch)
+    with one_line(f"{arch} cannot be had"):
+        config = get_pretrained_cfg(arch)
+    preprocessing, model_args = resolve_data_config(pretrained_cfg=config.to_dict()), dict(model_args)
+    if recipe.image_size is not None:
+        preprocessing["input_size"] = (3, recipe.image_size, recipe.image_size)
+        if config.fixed_input_size:
+            model_args = {"img_size": recipe.image_size, **model_args}
+    if recipe.drop_path:
+        model_args["drop_path_rate"] = recipe.drop_path
+    return preprocessing, model_args
+
+
+def check_given(recipe: Recipe, model_args: Mapping[str, Any], recast: Mapping[str, Any] | None) -> None:
+    """Raise FourierBiasError for what only a network that is given by name can be built with."""
+    given = {"model_args": model_args, "recast": recast}
+    given |= {"drop_path": recipe.drop_path, "image_size": recipe.image_size}
+    name = next((name for name, value in given.items() if value), None)
+    if name:
+        raise FourierBiasError(f"{name} is for a network given by name; build it into the one that is given")
+
+
 def training_device(wanted: torch.device | str | None) -> torch.device:
     """Return the device that is named, or this process's own, which one of several also means by ``cuda``.
+
+    Raises FourierBiasError for one that cannot be used.
 
     >>> training_device("cpu")
     device(type='cpu')
     """
-    device = local_device() if wanted is None else torch.device(wanted)
+    device = local_device() if wanted is None else usable_device(wanted)
     several = world_size() > 1 and torch.cuda.is_available()
     return local_device() if several and device == torch.device("cuda") else device
 
