@@ -196,6 +196,15 @@ def test_loss_is_the_sum_of_its_parts(mode, scale, form):
     assert parts["agent_train_accuracy"].item() == (agent.argmax(1) == labels).float().mean().item()
 
 
+def test_settings_reach_the_loss():
+    vit, images, labels = small_vit(), torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
+    assert bootstrap("joint")(vit, Recipe(smoothing=0.3)).smoothing == 0.3
+    learners = [Bootstrap(vit, "agent_res", epochs=5, alignment=a).eval() for a in ("2d", "1d")]
+    learners[1].load_state_dict(learners[0].state_dict())
+    two, one = (learner.loss(images, labels, 0.0)[1]["hint"].item() for learner in learners)
+    assert two != pytest.approx(one, rel=1e-3)
+
+
 def test_no_hint_in_the_last_epoch():
     learner = Bootstrap(small_vit(), epochs=4)
     _, parts = learner.loss(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]), progress=3 / 4)

@@ -238,6 +238,20 @@ def test_maps_beyond_half_precision_are_told(tmp_path):
     assert np.isfinite(result.feature_maps("0")).all()
 
 
+def test_eps_and_dead_channels_reach_the_spectra():
+    conv, x = nn.Conv2d(3, 4, 3, padding=1), torch.randn(3, 3, 8, 8)
+    with torch.no_grad():
+        conv.weight[2:] = conv.bias[2:] = 0
+        maps = conv(x)
+    plain = capture(conv, x)["Conv2d"].log_amplitude
+    for options in ({"eps": 1e-2}, {"dead_channels": "drop"}):
+        found, expected = capture(conv, x, **options)["Conv2d"], fourierbias.spectrum(maps, **options)
+        np.testing.assert_allclose(found.log_amplitude, expected.log_amplitude, atol=1e-4)
+        assert np.abs(found.log_amplitude - plain).min() > 1
+    _, expected = reference.along(maps.numpy(), "diagonal", 1e-2)
+    np.testing.assert_allclose(fourierbias.spectrum(maps, eps=1e-2).log_amplitude, expected, atol=1e-9)
+
+
 def test_a_network_of_one_layer_is_kept(tmp_path):
     result = capture(nn.Conv2d(3, 8, 3, padding=1), torch.randn(2, 3, 16, 16), output=tmp_path / "a.h5")
     assert list(fourierbias.load(tmp_path / "a.h5")) == list(result) == ["Conv2d"]

@@ -172,6 +172,9 @@ def test_the_sentence_says_what_the_figure_shows(run, tmp_path, options):
     assert [float(word) for word in said.groups()] == [
         pytest.approx(float(rows[-1][key]), abs=0.006) for key in ("y", "standard_error")
     ]
+    first, last = float(rows[0]["y"]), float(rows[-1]["y"])
+    course = f"cnn {'rises' if last > first else 'falls'} from {first:.2f} by {abs(last - first):.2f}."
+    assert f"From the first layer to the last: {course}" in out
 
 
 def test_the_sentence_names_the_frequency_read(run):

@@ -20,7 +20,7 @@ from PIL import Image
 
 import fourierbias
 from fourierbias import FourierBiasError
-from fourierbias.curves import COLUMNS, View, rows, shaded_spans
+from fourierbias.curves import COLUMNS, View, measure_trend, rows, shaded_spans
 from fourierbias.figures import (
     measure_axes,
     plot,
@@ -262,6 +262,21 @@ def test_of_a_measure_per_head_each_is_a_dot_and_their_mean_the_line():
     (dots,) = [line for line in ax.lines if line.get_marker() == "."]
     np.testing.assert_allclose(dots.get_ydata(), heads)
     np.testing.assert_allclose(dots.get_xdata(), np.repeat([0, 1 / 3, 2 / 3, 1], 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "error"),
+    [
+        ("attention_distance", 0.5, lambda m: m.standard_error.mean()),
+        ("high_frequency_share", 0.75, lambda m: m.standard_error[3]),
+    ],
+)
+def test_errors_of_a_measure_are_those_of_the_capture_and_drawn(name, at, error):
+    capture = make_capture(measures=(name,))
+    points = measure_trend(capture, name, at).points
+    assert [p.error for p in points] == pytest.approx([error(m) for m in capture.measure(name).values()])
+    band = measure_axes(capture, name, at=at).collections[0].get_paths()[0].vertices
+    assert band[:, 1].max() == pytest.approx(max(p.y + p.error for p in points))
 
 
 def test_a_variance_over_more_than_two_decades_is_on_a_log_axis():

@@ -351,6 +351,12 @@ def test_statistics_of_a_network_leave_it_as_it_was():
     assert not model[0]._forward_pre_hooks
 
 
+def test_queries_and_keys_start_small():
+    layer = ReparamConv2d(64, 64, 3, padding=1).reparameterize()
+    for weight in (layer.query, layer.key):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
 # ------------------------------------------------------------------------------------------------- recast
 
 

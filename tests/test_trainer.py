@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -195,6 +197,56 @@ def test_learning_rate_rises_and_falls_by_the_cosine(data, tmp_path):
     assert rates == pytest.approx(expected)
 
 
+def test_the_rise_takes_a_fifth_of_a_training_at_most(data, tmp_path):
+    rates, recipe = [], {"epochs": 2, "batch_size": 32, "lr": 1e-2, "warmup_epochs": 2}
+    hook = lambda trainer: rates.append(trainer.optimizer.param_groups[0]["lr"])  # noqa: E731
+    run(data, tmp_path / "a.ckpt", recipe=recipe, on_step=[hook])
+    assert np.argmax(rates) == 2 * STEPS // 5
+
+
+class Watching(Classifier):
+    """Notes the images and labels of every step."""
+
+    def __init__(self, model, seen):
+        super().__init__(model)
+        self._seen = seen
+
+    def loss(self, images, targets, progress):
+        self._seen.append((images.clone(), targets.clone()))
+        return super().loss(images, targets, progress)
+
+
+def test_every_epoch_has_an_order_and_an_augmentation_of_its_own(data, tmp_path):
+    pixels = data.train.pixels[:1].expand(len(data.train), -1, -1, -1)  # all one image
+    alike = replace(data, train=replace(data.train, pixels=pixels.contiguous()))
+    seen = {True: [], False: []}
+    for flip, steps in seen.items():
+        recipe = {"epochs": 2, "batch_size": 32, "flip": flip}
+        learner = lambda model, recipe, steps=steps: Watching(model, steps)  # noqa: E731
+        run(alike, tmp_path / f"{flip}.ckpt", recipe=recipe, learner=learner)
+        images, labels = (
+            torch.stack(column).flatten(1, 2 - k) for k, column in enumerate(zip(*steps, strict=True))
+        )
+        assert not torch.equal(labels[:STEPS], labels[STEPS:])
+        assert not torch.equal(images[:STEPS], images[STEPS:])
+    assert torch.equal(torch.stack([y for _, y in seen[True]]), torch.stack([y for _, y in seen[False]]))
+    assert not torch.equal(seen[True][0][0], seen[False][0][0])
+
+
+def test_smoothing_mixing_and_average_are_the_recipes(data, tmp_path):
+    def look(trainer):
+        assert trainer.learner.smoothing == 0.3
+        mixup = trainer.mixup
+        assert (mixup.mixup_alpha, mixup.cutmix_alpha, mixup.label_smoothing) == (0.2, 0.5, 0.0)
+        assert same(trainer.ema.module.state_dict(), trainer.learner.state_dict())
+
+    recipe = {**RECIPE, "epochs": 1, "smoothing": 0.3, "ema": 0.0}
+    run(data, tmp_path / "a.ckpt", recipe=recipe, on_step=[look])
+    x, y = torch.randn(5, 7), torch.arange(5)
+    expected = -((0.7 * F.one_hot(y, 7) + 0.3 / 7) * x.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(Classifier(nn.Flatten(), 0.3).loss(x, y, 0.0)[0], expected)
+
+
 def test_weight_decay_spares_vectors_and_what_the_network_exempts(data, tmp_path):
     found = {}
 
@@ -224,6 +276,14 @@ def test_resume_ends_with_the_same_bits(data, whole_run, tmp_path, update):
     assert same(weights(path), weights(whole_run[1].path))
     assert rows_of(tmp_path / "a.csv") == rows_of(whole_run[0] / "a.csv")
     assert sorted(os.listdir(tmp_path)) == ["a.best.ckpt", "a.ckpt", "a.csv"]
+
+
+def test_the_best_accuracy_outlives_a_resume(data, tmp_path):
+    found = []
+    with pytest.raises(StoppedHereError):
+        run(data, tmp_path / "a.ckpt", recipe={**RECIPE, "save_every": 0}, on_step=stop_at(STEPS + 1))
+    run(data, tmp_path / "a.ckpt", resume=True, on_step=[lambda trainer: found.append(trainer.best)])
+    assert found[0] == pytest.approx(float(rows_of(tmp_path / "a.csv")[0]["test_accuracy"]), rel=1e-4)
 
 
 def test_resume_of_a_vit_at_the_end_of_an_epoch(data, tmp_path):
@@ -425,6 +485,24 @@ def test_a_switch_is_smooth_logged_and_followed_by_optimiser_and_average(data, t
     rebuilt = build(read_checkpoint(tmp_path / "a.ckpt"))
     assert rebuilt.layer4[0].conv2.is_attention
     assert evaluate(rebuilt, data)["accuracy"] == result.metrics["test_accuracy"]
+
+
+def test_a_switch_has_the_recipes_settings(data, tmp_path):
+    def look(trainer):
+        query = trainer.learner.networks[""].layer4[0].conv1.query
+        (group,) = (g for g in trainer.optimizer.param_groups if any(p is query for p in g["params"]))
+        assert group["weight_decay"] == 0.07
+
+    recipe = {"epochs": 1, "gate": "sigmoid", "locality": 6.0, "weight_decay": 0.07}
+    prs(data, tmp_path / "a.ckpt", "attention", recipe=recipe, on_step=[look])
+    layer = build(read_checkpoint(tmp_path / "a.ckpt")).layer4[0].conv1
+    assert (layer.gate_kind, layer.locality) == ("sigmoid", 6.0)
+
+
+def test_a_schedule_by_stage_switches_stages(data, tmp_path):
+    prs(data, tmp_path / "a.ckpt", "late-first", recipe={"schedule_by": "stage"})
+    switched = [row["switched"].split() for row in rows_of(tmp_path / "a.csv")]
+    assert [{name.split(".")[0] for name in names} for names in switched if names] == [{"layer4"}, {"layer3"}]
 
 
 def test_a_schedule_needs_layers_that_can_switch(data, tmp_path):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from fourierbias.errors import FourierBiasError
@@ -280,6 +281,24 @@ def test_cifar_without_a_network_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(FourierBiasError, match=r"cifar10 could not be downloaded.*image folder or `photos`"):
         load_data("cifar10", PREPROCESSING)
+
+
+def test_cifar_is_trained_on_one_part_and_evaluated_on_the_other(monkeypatch, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
+
+    class Downloaded:
+        classes = ("a", "b")
+
+        def __init__(self, root, train, download):
+            self.data = images[:5] if train else images[5:]
+            self.targets = [0, 1, 1, 0, 1] if train else [1, 0, 0]
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Downloaded)
+    found = load_data("cifar10", PREPROCESSING)
+    assert (found.train.labels.tolist(), found.evaluation.labels.tolist()) == ([0, 1, 1, 0, 1], [1, 0, 0])
+    np.testing.assert_array_equal(found.train.pixels, images[:5].transpose(0, 3, 1, 2))
+    np.testing.assert_array_equal(found.evaluation.pixels, images[5:].transpose(0, 3, 1, 2))
 
 
 # ---------------------------------------------------------------------------------- large sets, formats
