@@ -40,6 +40,7 @@ from .errors import FourierBiasError
 from .images import ImageSource, open_images
 from .measures import ATTENTION_MEASURES, AttentionRecorder
 from .models.loading import LoadedModel, load_model
+from .models.weights import one_line
 from .parts import Part, compare, merge_parts, missing, order_key, read_part, reducer_of
 from .probes import Layer, Probe, Recorder, choose_probes
 from .progress import progress_bar, stop_signals
@@ -492,7 +493,8 @@ def _on_device(
     device = usable_device(device)
     try:
         if device != own:
-            network.to(device)
+            with one_line(f"the model cannot be put on {device}"):
+                network.to(device)
         yield device
     finally:
         if device != own:
