@@ -23,6 +23,7 @@ from data_scale import MODELS, OWN, accuracy_row
 from matplotlib.figure import Figure
 
 from fourierbias.training import Recipe
+from fourierbias.training.output import write_csv
 
 OTHERS = {
     "eit": ("eit", None, "C5", "o"),
@@ -52,24 +53,41 @@ def main(data, output, runs, quick, seeds, change, others, images_seen, share):
                 rows += accuracy_row(model, arch, data, recipe, images_seen, runs, kept, change)
     accuracies = {name: [row["accuracy"] for row in rows if row["model"] == name] for name in ALL}
     accuracies = {name: 100 * np.array(values) for name, values in accuracies.items() if values}
-    report(accuracies)
+    means = [averaged(model, values) for model, values in accuracies.items()]
+    found = [compared(accuracies, control) for control in CONTROLS]
+    for name, made in (("means", means), ("differences", found)):
+        write_csv(output / f"small_data-{name}.csv", made)
+    report(means, found)
     save(draw(accuracies, rows[0]), output / "small_data.png")
 
 
-def report(accuracies):
-    """Print the table of accuracies, and by how much late-first passes or misses each of its controls."""
-    for model, values in accuracies.items():
-        mean, std = mean_and_spread(values)
-        spread = f" ± {std:4.2f}" if len(values) > 1 else "       "
-        print(f"{model:<17} {mean:6.2f}{spread} %  ({len(values)} seed{'s'[: len(values) > 1]})")
-    for control in CONTROLS:
-        gain, doubt, p = difference(accuracies[PROPOSED], accuracies[control])
-        known = f" ± {doubt:.2f} points, p = {p:.2g}" if np.isfinite(doubt) else " points"
-        print(f"{PROPOSED} minus {control}: {gain:+.2f}{known}: {verdict(gain, p)}")
+def averaged(model, values):
+    """Mean accuracy of a kind over seeds and their standard deviation, in percent."""
+    mean, std = mean_and_spread(values)
+    return {"model": model, "seeds": len(values), "mean": mean, "standard_deviation": std}
+
+
+def compared(accuracies, control):
+    """By how many points late-first passes or misses a control: Welch's test over seeds, and what it says."""
+    gain, error, p = difference(accuracies[PROPOSED], accuracies[control])
+    numbers = {"difference": gain, "standard_error": error, "p_value": p}
+    return {"model": PROPOSED, "minus": control, **numbers, "verdict": verdict(gain, p)}
+
+
+def report(means, found):
+    """Print the table of accuracies, and late-first against each of its controls."""
+    for row in means:
+        seeds, std = row["seeds"], row["standard_deviation"]
+        spread = f" ± {std:4.2f}" if seeds > 1 else "       "
+        print(f"{row['model']:<17} {row['mean']:6.2f}{spread} %  ({seeds} seed{'s'[: seeds > 1]})")
+    for row in found:
+        error, p = row["standard_error"], row["p_value"]
+        known = f" ± {error:.2f} points, p = {p:.2g}" if np.isfinite(error) else " points"
+        print(f"{row['model']} minus {row['minus']}: {row['difference']:+.2f}{known}: {row['verdict']}")
 
 
 def verdict(gain, p):
-    """What a difference and its p (Welch's test over seeds) say; 0.05 is asked for."""
+    """What a difference and its p say; 0.05 is asked for."""
     if not p < 0.05:
         return "not decidable with these seeds"
     return "better" if gain > 0 else "worse"

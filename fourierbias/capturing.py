@@ -37,6 +37,7 @@ from .distributed import (
     world_size,
 )
 from .errors import FourierBiasError
+from .files import go_on_or_anew
 from .images import ImageSource, open_images
 from .measures import ATTENTION_MEASURES, AttentionRecorder
 from .models.loading import LoadedModel, load_model
@@ -113,10 +114,7 @@ def capture(
     for asked, name in ((features, "features=True stores the maps in"), (resume, "resume=True goes on with")):
         if asked and output is None:
             raise FourierBiasError(f"{name} a file: name it with output=")
-    if resume and overwrite:
-        raise FourierBiasError(
-            "--resume goes on from what is there, --overwrite starts anew: give one of them"
-        )
+    go_on_or_anew(resume, overwrite)
     loaded = model if isinstance(model, LoadedModel) else load_model(model, seed=seed)
     whole = open_images(
         images, loaded.preprocessing, images=limit, batch_size=batch_size, workers=workers, seed=seed

@@ -30,6 +30,14 @@ def write_atomic(path: str | os.PathLike, data: bytes | memoryview) -> None:
         raise cannot_write(path, error, len(data)) from None
 
 
+def go_on_or_anew(resume: bool, overwrite: bool) -> None:
+    """Raise FourierBiasError where both are asked of a long work and its file."""
+    if resume and overwrite:
+        raise FourierBiasError(
+            "--resume goes on from what is there, --overwrite starts anew: give one of them"
+        )
+
+
 def cannot_write(
     path: str | os.PathLike[str], error: BaseException, needed: float = 0, hint: str = ""
 ) -> FourierBiasError:

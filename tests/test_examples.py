@@ -147,10 +147,11 @@ def test_a_claim_agrees_where_all_of_its_evidence_does(module, capsys):
     ],
 )
 def test_a_difference_is_held_against_its_standard_error(module, monkeypatch, values, others, expected):
-    example = module("small_data")
-    gain, _, p = found = example.difference(np.array(values), np.array(others))
-    assert found == pytest.approx(expected[:3], rel=1e-3, nan_ok=True)
-    assert example.verdict(gain, p) == expected[3]
+    given = {"prs-late-first": np.array(values), "cnn": np.array(others)}
+    *names, gain, error, p, verdict = module("small_data").compared(given, "cnn").values()
+    assert names == ["prs-late-first", "cnn"]
+    assert (gain, error, p) == pytest.approx(expected[:3], rel=1e-3, nan_ok=True)
+    assert verdict == expected[3]
 
 
 def test_a_table_makes_every_training_once_and_reads_as_it_was_written(module, tmp_path):
@@ -314,6 +315,9 @@ def test_small_data_shares_trainings_and_goes_on_from_its_table(tmp_path):
     for row in rows:
         assert f"{row['model']:<17} {100 * float(row['accuracy']):6.2f}" in out
     assert out.count("not decidable") == 4  # one seed
+    assert [row["seeds"] for row in table(folder / "small_data-means.csv")] == ["1"] * 9
+    for row in table(folder / "small_data-differences.csv"):
+        assert f"prs-late-first minus {row['minus']}: {float(row['difference']):+.2f} points: not" in out
     check_rerun(tmp_path, "small_data", out, "--others", "1")
     # Another experiment takes the trainings there are; the table alone is enough to go on.
     scaled = started(tmp_path, "data_scale", "--quick", "--share", "0.1", "--runs", "small_data/runs")

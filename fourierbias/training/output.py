@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..errors import FourierBiasError
-from ..files import write_atomic
+from ..files import go_on_or_anew, write_atomic
 
 if TYPE_CHECKING:
     from .run import Run
@@ -69,10 +69,7 @@ def output_path(arch: str, output: str | Path | None) -> Path:
 
 def check_output(files: Files, resume: bool, overwrite: bool) -> None:
     """Raise FourierBiasError if an earlier training would be lost."""
-    if resume and overwrite:
-        raise FourierBiasError(
-            "--resume goes on from what is there, --overwrite starts anew: give one of them"
-        )
+    go_on_or_anew(resume, overwrite)
     if resume or overwrite:
         return
     if files.state.exists():
