@@ -5,7 +5,7 @@ to attention linearly earlier the later they are, and that this is better than e
 trains with five schedules on a class-balanced tenth of one data set, beside the ViT and, if asked for, EIT,
 LSRA and a bootstrapped ViT, all with one recipe and budget. That late-first should also pass the uniform
 switch and its own mirror, early-first, is our control, not the paper's claim; no number of the paper is
-known to us.
+known to us. Below the accuracies it draws how far the layers have left the convolution at the end.
 
     python examples/small_data.py --quick
     python examples/small_data.py --data cifar10 --seeds 3 --others 1
@@ -15,6 +15,8 @@ The second, full form is 21 trainings of 300,000 images each; the third is how s
 held out of those trained on. Everything is kept in the output folder: a program that was stopped goes on,
 one that is done only draws again, and more seeds are added to what is there.
 """
+
+import csv
 
 import click
 import numpy as np
@@ -45,12 +47,16 @@ def main(data, output, runs, quick, seeds, change, others, images_seen, share):
     options = settings({"batch_size": 16, "gate_lr": 10.0} if quick else {}, change, OWN, fraction=share)
     images_seen = images_seen or (960 if quick else 300_000)
     kept, rows = Table(output / "small_data.csv"), []
+    kept_shares, shares = Table(output / "small_data-shares.csv"), []
     # Seed by seed, so that whatever is there when this is stopped can be compared.
     for seed in range(max(seeds, others)):
         for model, (arch, schedule, *_) in ALL.items():
             if seed < (others if model in OTHERS else seeds):
                 recipe = Recipe(**{**options, "schedule": schedule, "seed": seed})
-                rows += accuracy_row(model, arch, data, recipe, images_seen, runs, kept, change)
+                (row,) = accuracy_row(model, arch, data, recipe, images_seen, runs, kept, change)
+                rows.append(row)
+                if arch == "prs":
+                    shares += kept_shares.of(row["run"], lambda row=row: content_shares(row, runs))
     accuracies = {name: [row["accuracy"] for row in rows if row["model"] == name] for name in ALL}
     accuracies = {name: 100 * np.array(values) for name, values in accuracies.items() if values}
     means = [averaged(model, values) for model, values in accuracies.items()]
@@ -58,7 +64,18 @@ def main(data, output, runs, quick, seeds, change, others, images_seen, share):
     for name, made in (("means", means), ("differences", found)):
         write_csv(output / f"small_data-{name}.csv", made)
     report(means, found)
-    save(draw(accuracies, rows[0]), output / "small_data.png")
+    save(draw(accuracies, shares, rows[0]), output / "small_data.png")
+
+
+def content_shares(row, runs):
+    """The share of content attention of every layer after a training, from its log: 0 for a convolution."""
+    log = runs / f"{row['run']}.layers.csv"
+    if log.exists():  # the table of accuracies may be all that is left of a training
+        with open(log) as file:
+            last = [line for line in csv.DictReader(file) if line["epoch"] == str(row["epochs"])]
+        for line in last:
+            share = float(line["content_share"])
+            yield {"model": row["model"], "seed": row["seed"], "layer": line["layer"], "content_share": share}
 
 
 def averaged(model, values):
@@ -93,10 +110,11 @@ def verdict(gain, p):
     return "better" if gain > 0 else "worse"
 
 
-def draw(accuracies, about):
-    """A dot for each training, and the mean of each kind: of all, and closer of the networks of `prs`."""
-    figure = Figure(figsize=(9, 0.4 * len(accuracies) + 1.4))
-    axes = figure.subplots(1, 2, sharey=True, width_ratios=[1, 1.4])
+def draw(accuracies, shares, about):
+    """A dot for each training and the mean of each kind, all and those of `prs`; content shares by layer."""
+    figure = Figure(figsize=(9, 0.4 * len(accuracies) + 4))
+    above, below = figure.subfigures(2, 1, height_ratios=[0.4 * len(accuracies) + 1, 3])
+    axes = above.subplots(1, 2, sharey=True, width_ratios=[1, 1.4])
     own = np.concatenate([values for model, values in accuracies.items() if ALL[model][0] == "prs"])
     for ax in axes:
         for place, (model, values) in enumerate(accuracies.items()):
@@ -110,12 +128,31 @@ def draw(accuracies, about):
     axes[0].set_xlabel("accuracy (%), all")
     axes[1].set_xlim(own.min() - 0.3, own.max() + 0.3)
     axes[1].set_xlabel("closer: networks of prs")
+    draw_shares(below.subplots(), shares)
     figure.supxlabel(
         f"on {about['evaluated_on']} after {about['epochs']} epochs of {about['train_images']} images; "
-        "dots: one training each, by seed; bars: means",
+        "dots: one training each; bars and lines: means",
         fontsize=8,
     )
     return figure
+
+
+def draw_shares(ax, shares):
+    """The share of content attention of every layer after training: a dot for each, a line for the means."""
+    layers = list(dict.fromkeys(row["layer"] for row in shares))
+    for model in dict.fromkeys(row["model"] for row in shares):
+        *_, color, line = MODELS[model]
+        values = [
+            [r["content_share"] for r in shares if (r["model"], r["layer"]) == (model, layer)]
+            for layer in layers
+        ]
+        places = np.repeat(range(len(layers)), [len(of_layer) for of_layer in values])
+        ax.plot(places, np.concatenate(values), "o", markersize=3, alpha=0.4, color=color)
+        ax.plot([np.mean(of_layer) for of_layer in values], line[1:], color=color, label=model)
+    ax.set_xticks(range(len(layers)), layers, rotation=30, ha="right")
+    ax.set(ylim=(-0.03, 1.03), ylabel="content share at the end\n(0: convolution)")
+    if shares:  # else the trainings are gone, and their accuracies alone were kept
+        ax.legend()
 
 
 if __name__ == "__main__":

@@ -316,6 +316,9 @@ def test_small_data_shares_trainings_and_goes_on_from_its_table(tmp_path):
         assert f"{row['model']:<17} {100 * float(row['accuracy']):6.2f}" in out
     assert out.count("not decidable") == 4  # one seed
     assert [row["seeds"] for row in table(folder / "small_data-means.csv")] == ["1"] * 9
+    shares = [(row["model"], float(row["content_share"])) for row in table(folder / "small_data-shares.csv")]
+    assert len(shares) == 5 * 12  # networks of prs, layers that can switch
+    assert all((share == 0) == (model == "cnn") for model, share in shares)
     for row in table(folder / "small_data-differences.csv"):
         assert f"prs-late-first minus {row['minus']}: {float(row['difference']):+.2f} points: not" in out
     check_rerun(tmp_path, "small_data", out, "--others", "1")
