@@ -127,7 +127,7 @@ def draw(accuracies, shares, about):
     axes[0].invert_yaxis()
     axes[0].set_xlabel("accuracy (%), all")
     axes[1].set_xlim(own.min() - 0.3, own.max() + 0.3)
-    axes[1].set_xlabel("closer: networks of prs")
+    axes[1].set_xlabel("accuracy (%), where the networks of prs lie")
     draw_shares(below.subplots(), shares)
     figure.supxlabel(
         f"on {about['evaluated_on']} after {about['epochs']} epochs of {about['train_images']} images; "
