@@ -20,7 +20,7 @@ from timm.models import get_pretrained_cfg
 
 import fourierbias
 from fourierbias import FourierBiasError
-from fourierbias.models.checkpoint import check_arch
+from fourierbias.models.checkpoint import check_arch, read_checkpoint
 from fourierbias.models.loading import load_model
 from fourierbias.training import Recipe, train
 from fourierbias.training.bootstrap import bootstrap
@@ -195,6 +195,12 @@ def trained(folder: Path, arch: str, source: str, recipe: Recipe) -> Path:
                 train(network, data_of(source, recipe), path, recipe, learner=learner, resume=True)
                 path.with_suffix(".best.ckpt").unlink()  # what counts is the last epoch
     return path
+
+
+def outcome(checkpoint: Path) -> dict:
+    """Accuracy of a training, and the arithmetic that its machine chose (None if its version kept none)."""
+    metrics = read_checkpoint(checkpoint).metrics
+    return {"arithmetic": metrics.get("arithmetic"), "accuracy": metrics["test_accuracy"]}
 
 
 def unfinished(path: Path) -> bool:

@@ -14,11 +14,10 @@ Rows are added to those in choices.csv of the output folder; what is there is no
 
 import click
 import numpy as np
-from _runs import Table, data_of, experiment, over_updates, run_name, save, settings, trained
+from _runs import Table, data_of, experiment, outcome, over_updates, run_name, save, settings, trained
 from data_scale import epochs_for
 from matplotlib.figure import Figure
 
-from fourierbias.models.checkpoint import read_checkpoint
 from fourierbias.models.loading import load_model
 from fourierbias.models.reparam import reparam_layers
 from fourierbias.training import Recipe
@@ -59,8 +58,7 @@ def choice_row(about, data, recipe, runs, kept):
 
     def measured():
         path = trained(runs, about["model"], data, recipe)
-        accuracy = read_checkpoint(path).metrics["test_accuracy"]
-        held = {"seed": recipe.seed, "holdout": recipe.holdout, "accuracy": accuracy}
+        held = {"seed": recipe.seed, "holdout": recipe.holdout, **outcome(path)}
         return [{**about, **held, "mean_content_share": openness(path)}]
 
     return kept.of(run_name(about["model"], data, recipe), measured)

@@ -27,6 +27,7 @@ from _runs import (
     difference,
     experiment,
     mean_and_spread,
+    outcome,
     over_updates,
     run_name,
     save,
@@ -35,7 +36,6 @@ from _runs import (
 )
 from matplotlib.figure import Figure
 
-from fourierbias.models.checkpoint import read_checkpoint
 from fourierbias.training import Recipe
 from fourierbias.training.data import plan_epoch
 from fourierbias.training.output import write_csv
@@ -90,8 +90,7 @@ def accuracy_row(model, arch, data, recipe, images_seen, runs, kept, change=()):
         about = {"model": model, "share": recipe.fraction, "train_images": count}
         about |= {"epochs": epochs, "images_seen": seen, "seed": recipe.seed}
         about |= {"changed": " ".join(change), "evaluated_on": evaluated_on(recipe)}
-        checkpoint = read_checkpoint(trained(runs, arch, data, recipe))
-        return [{**about, "accuracy": checkpoint.metrics["test_accuracy"]}]
+        return [about | outcome(trained(runs, arch, data, recipe))]
 
     return kept.of(run_name(arch, data, recipe), measured)
 

@@ -27,6 +27,7 @@ from _runs import (
     captured,
     experiment,
     mean_and_spread,
+    outcome,
     over_updates,
     run_name,
     save,
@@ -37,7 +38,6 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
-from fourierbias.models.checkpoint import read_checkpoint
 from fourierbias.training import Recipe
 from fourierbias.training.output import write_csv
 
@@ -59,7 +59,7 @@ def main(data, output, runs, quick, seeds, change, epochs, fraction):
     def measured(about, arch, recipe):
         path = trained(runs, arch, data, recipe)
         capture = captured(runs, path, data, recipe, images=64 if quick else 512)
-        about = {**about, "accuracy": read_checkpoint(path).metrics["test_accuracy"]}
+        about = about | outcome(path)
         return [about | row for row in response_rows(capture)]
 
     rows, kept = [], Table(output / "interpolate_bias.csv")

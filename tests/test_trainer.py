@@ -278,6 +278,27 @@ def test_resume_ends_with_the_same_bits(data, whole_run, tmp_path, update):
     assert sorted(os.listdir(tmp_path)) == ["a.best.ckpt", "a.ckpt", "a.csv"]
 
 
+@pytest.mark.parametrize(("began", "moved_to"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_resume_on_another_machine_goes_on_in_the_same_arithmetic(
+    data, tmp_path, monkeypatch, capsys, began, moved_to
+):
+    def machine(arithmetic):
+        found = {"avx512_bf16": arithmetic == "bfloat16"}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+
+    machine(began)
+    run(data, tmp_path / "whole.ckpt")
+    with pytest.raises(StoppedHereError):
+        run(data, tmp_path / "a.ckpt", recipe={**RECIPE, "save_every": 0}, on_step=stop_at(4))
+    machine(moved_to)
+    run(data, tmp_path / "a.ckpt", resume=True, progress=True)
+    assert f"epoch 1, step 4, {began}" in capsys.readouterr().err
+    assert same(weights(tmp_path / "a.ckpt"), weights(tmp_path / "whole.ckpt"))
+    assert read_checkpoint(tmp_path / "a.ckpt").metrics["arithmetic"] == began
+    run(data, tmp_path / "b.ckpt")
+    assert not same(weights(tmp_path / "b.ckpt"), weights(tmp_path / "whole.ckpt"))
+
+
 def test_the_best_accuracy_outlives_a_resume(data, tmp_path):
     found = []
     with pytest.raises(StoppedHereError):

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,11 @@ class Run:
     def speed(self) -> float:
         """Images per second trained in this epoch, evaluation and callbacks left out."""
         return float(self.sums["images"]) / self.seconds if self.seconds else 0.0
+
+    @property
+    def arithmetic(self) -> str:
+        """What the forward pass computes in: float32, or bfloat16 where that is safe."""
+        return "float32" if self.dtype is None else "bfloat16"
 
     def new_scheduler(self) -> CosineLRScheduler:
         """Cosine decay with warm-up over all updates; it has no memory, so a switch makes it anew."""
@@ -300,6 +306,7 @@ class Run:
                 "evaluated_on": self.data.description["evaluated_on"],
                 "parameters": sum(parameter.numel() for parameter in network.parameters()),
                 "images_per_second": seen,
+                "arithmetic": self.arithmetic,
             },
             epoch=self.epoch,
             weights=f"exponential average of the trained weights, decay {self.recipe.ema} after warm-up",
@@ -335,6 +342,7 @@ class Run:
             {
                 "format": "fourierbias-state",
                 "identity": self.identity(),
+                "arithmetic": self.arithmetic,
                 **{name: getattr(self, name) for name in progress},
                 "sums": {name: float(value) for name, value in self.sums.items()},
                 "learner": self.learner.state_dict(),
@@ -349,6 +357,10 @@ class Run:
         if state.get("format") != "fourierbias-state":
             raise FourierBiasError(f"{path} is no training state; --overwrite starts anew")
         compare_identity(path, state["identity"], self.identity())
+        # A machine that would choose another goes on in the arithmetic that the training began in.
+        begun_in = replace(self.recipe, amp=state.get("arithmetic", self.arithmetic))
+        self.dtype = begun_in.autocast_dtype(self.device)
+        fit_machine(self.learner, self.device, self.dtype)
         for names in state["switched"]:
             self.switch(names)
         self.learner.load_state_dict(state["learner"])

@@ -82,11 +82,11 @@ def train(
     ``model`` is a timm name (with ``model_args``, and ``recast`` as for `create`, the layers that switch if
     the recipe has a schedule) or a network that timm built; ``data`` as for `load_data`; ``learner`` makes
     the `Learner` of a model (default: `Classifier`). While under way all is kept in NAME.state; ``resume``
-    goes on from it (or starts, if there is none) and ends with the same weights as without interruption (on a
-    CPU to the bit, with as many threads). ``on_step`` are called after every update with the `Run`,
-    ``on_epoch_end`` with the number of epochs done (0 before the first) and the averaged networks; after a
-    kill that may be the same epoch again. ``half`` stores the checkpoints' weights in half precision. Sets
-    torch's and numpy's random state.
+    goes on from it (or starts, if there is none) and ends with the same weights as without interruption (on
+    one CPU to the bit, with as many threads; on another machine in the same arithmetic, but for rounding).
+    ``on_step`` are called after every update with the `Run`, ``on_epoch_end`` with the number of epochs done
+    (0 before the first) and the averaged networks; after a kill that may be the same epoch again. ``half``
+    stores the checkpoints' weights in half precision. Sets torch's and numpy's random state.
 
     Within `distributed.session` several processes train together, all calling this with the same arguments.
     The recipe's batch is then that of all of them; the first process says and writes what there is to, and
@@ -104,7 +104,8 @@ def train(
     run.follow_first()
     if resume and by_first(files.state.exists):
         run.load_state(files.state)
-        say(console, f"going on from {files.state}: epoch {run.epoch + 1}, step {run.step + 1}")
+        place = f"epoch {run.epoch + 1}, step {run.step + 1}, {run.arithmetic}"
+        say(console, f"going on from {files.state}: {place}")
     elif resume and by_first(files.checkpoint.exists):
         return by_first(lambda: finished(files, run))
     elif resume or overwrite:
