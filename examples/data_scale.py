@@ -40,8 +40,8 @@ from fourierbias.training import Recipe
 from fourierbias.training.data import plan_epoch
 from fourierbias.training.output import write_csv
 
-# From the most to the least like a convolution: architecture, schedule, colour and line.  `prs` that never
-# switches is the CNN, to the bit.
+# From the most to the least like a convolution, but for the three that switch midway, whose order is not
+# known: architecture, schedule, colour and line.  `prs` that never switches is the CNN, to the bit.
 MODELS = {
     "cnn": ("prs", "conv", "black", "o-"),
     "prs-early-first": ("prs", "early-first", "C2", "v--"),

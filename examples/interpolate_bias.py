@@ -6,8 +6,9 @@ the switch. Here `prs` switches all its layers at once, after 0, 1/4, 1/2, 3/4 a
 never switches and so is the CNN, to the bit. For every layer the program prints the rank correlation between
 the time of the switch and Δ log amplitude at π, and whether the sign is that of CNN minus ViT at that depth;
 and how far all curves lie from the CNN's and the ViT's. The correlations' p takes trainings as independent,
-but those of one seed share what came before the switch. Which network, data and epochs the paper has there is
-not known to us: ours are our own.
+but those of one seed share the first weights and the order of images, and, made on one machine, all that
+comes before the switch. Which network, data and epochs the paper has there is not known to us: ours are our
+own.
 
     python examples/interpolate_bias.py --quick
     python examples/interpolate_bias.py --data cifar10 --fraction 0.1 --epochs 60 --seeds 3
@@ -120,8 +121,8 @@ def correlations(rows):
 def distances(rows):
     """For every training of `prs`: mean |Δ - Δ'| over depths to CNNs, and to the ViTs read between layers.
 
-    The CNN of the same seed shares the training before the switch; those of other seeds share nothing, and
-    are as far from each other as chance has it (nan with one seed).
+    The CNN of the same seed shares the training before the switch if one machine made both; those of other
+    seeds share nothing, and are as far from each other as chance has it (nan with one seed).
     """
     depths, cnn, _ = table(rows, "prs-100%")
     places, vits, _ = table(rows, "vit")
