@@ -4,11 +4,11 @@ PRS (Lee et al., arXiv 2210.01370, abstract) has it that switching convolutions 
 interpolates the bias: the Fourier pattern moves from the ViT's to the CNN's with the number of epochs before
 the switch. Here `prs` switches all its layers at once, after 0, 1/4, 1/2, 3/4 and all of training; the last
 never switches and so is the CNN, to the bit. For every layer the program prints the rank correlation between
-the time of the switch and Δ log amplitude at π, and whether the sign is that of CNN minus ViT at that depth;
-and how far all curves lie from the CNN's and the ViT's. The correlations' p takes trainings as independent,
-but those of one seed share the first weights and the order of images, and, made on one machine, all that
-comes before the switch. Which network, data and epochs the paper has there is not known to us: ours are our
-own.
+the time of the switch and Δ log amplitude at π, within a seed and averaged over seeds, and whether the sign
+is that of CNN minus ViT at that depth; and how far all curves lie from the CNN's and the ViT's. The p of the
+correlations (Page's trend test) takes the trainings of a seed as exchangeable, but if made on one machine
+they share all that comes before the switch. Which network, data and epochs the paper has there is not known
+to us: ours are our own.
 
     python examples/interpolate_bias.py --quick
     python examples/interpolate_bias.py --data cifar10 --fraction 0.1 --epochs 60 --seeds 3
@@ -37,7 +37,7 @@ from _runs import (
 )
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from scipy.stats import spearmanr
+from scipy.stats import page_trend_test, spearmanr
 
 from fourierbias.training import Recipe
 from fourierbias.training.output import write_csv
@@ -101,21 +101,34 @@ def table(rows, model):
 def correlations(rows):
     """For every layer: rank correlation of switch and response, and whether it leads from ViT to CNN."""
     depths, *_ = table(rows, "prs-100%")
-    means = np.array([table(rows, f"prs-{100 * share:.0f}%")[1].mean(axis=1) for share in SHARES])
+    values = np.array([table(rows, f"prs-{100 * share:.0f}%")[1] for share in SHARES])
+    means = values.mean(axis=2)
     places, vits, _ = table(rows, "vit")
     vit, cnn = np.interp(depths, places, vits.mean(axis=1)), means[-1]
     found = []
     for i, depth in enumerate(depths):
         layer = [row for row in rows if row["switch"] is not None and row["depth"] == depth]
-        rho, p = spearmanr([row["switch"] for row in layer], [row["response"] for row in layer])
+        rho, p = within_seeds(values[:, i].T)
         towards = np.sign(cnn[i] - vit[i])
         steps = np.diff(means[:, i]) * towards
         verdict = {"towards_cnn": bool(rho * towards > 0), "every_step": bool((steps > 0).all())}
-        numbers = {"vit": vit[i], "attention": means[0, i], "cnn": cnn[i], "rank_correlation": float(rho)}
-        numbers["p_value"] = float(p)
+        switched = {f"after_{share:.0%}": mean for share, mean in zip(SHARES, means[:, i], strict=True)}
+        numbers = {"vit": vit[i], **switched, "rank_correlation": rho, "p_value": p}
         place = {key: layer[0][key] for key in ("layer", "depth", "kind")}
         found.append({**place, **numbers, "runs": len(layer), **verdict})
     return found
+
+
+def within_seeds(values):
+    """Mean over seeds of the rank correlation along ``values`` (seeds, switches), and Page's two-sided p.
+
+    Seeds lie apart by more than the switch moves a layer: ranked all together they would hide it.  The test
+    needs two seeds: nan with one.
+    """
+    rho = np.mean([spearmanr(SHARES, one).statistic for one in values])
+    if len(values) < 2:
+        return float(rho), np.nan
+    return float(rho), min(1, 2 * min(page_trend_test(sign * values).pvalue for sign in (1, -1)))
 
 
 def distances(rows):
@@ -146,14 +159,14 @@ def report(rows, found, far):
         said = "towards the CNN" if row["towards_cnn"] else "not towards the CNN"
         said += ", at every step" if row["every_step"] else ""
         print(
-            f"{row['layer']:<10} {row['depth']:5.2f} {row['vit']:6.2f} {row['attention']:25.2f} "
-            f"{row['cnn']:6.2f} {row['rank_correlation']:12.2f}  {said}"
+            f"{row['layer']:<10} {row['depth']:5.2f} {row['vit']:6.2f} {row['after_0%']:25.2f} "
+            f"{row['after_100%']:6.2f} {row['rank_correlation']:12.2f}  {said}"
         )
     towards, every = (sum(row[key] for row in found) for key in ("towards_cnn", "every_step"))
-    clear = sum(row["towards_cnn"] and row["p_value"] < 0.05 for row in found)
+    clear = [row["towards_cnn"] for row in found if row["p_value"] < 0.05]
     print(
-        f"Towards the CNN at {towards} of {len(found)} depths, with p < 0.05 at {clear}, "
-        f"at every step at {every}."
+        f"Towards the CNN at {towards} of {len(found)} depths, at {sum(clear)} of the {len(clear)} "
+        f"with p < 0.05, at every step at {every}."
     )
     print("Mean distance of the curves over depths, to the CNN of the same seed, of others, and to the ViT")
     for share in SHARES:
@@ -191,7 +204,7 @@ def draw(rows, found):
     axes[2].set_xlabel("normalised depth (0: first layer, 1: last); grey: layers that switch")
     seeds = cnn.shape[1]
     one = f"bands: standard error over {rows[0]['images']} images (of the values, not of the differences)"
-    several = f"bands: standard deviation over {seeds} seeds"
+    several = f"bands: standard deviation over {seeds} seeds; correlations: within a seed, averaged over them"
     figure.supxlabel(several if seeds > 1 else one, fontsize=8)
     switching = [row["depth"] for row in rows if row["switch"] == 0 and row["kind"] == "attention"]
     for ax in axes:

@@ -94,7 +94,17 @@ def test_rank_correlations_and_their_direction(module):
     assert last["rank_correlation"] < -0.9
     assert all(row["towards_cnn"] and row["every_step"] for row in (first, last))
     assert (last["vit"], last["runs"]) == (1.0, 10)
-    assert (last["attention"], last["cnn"]) == pytest.approx((0.005, -0.995))  # means over two seeds
+    assert (last["after_0%"], last["after_100%"]) == pytest.approx((0.005, -0.995))  # means over two seeds
+    # In order in both seeds, of 5! orders in each: and no less where the seeds lie far apart.
+    assert first["p_value"] == pytest.approx(2 / 120**2)
+    apart = responses(example, lambda share: share**3)
+    for row in apart:
+        row["response"] += 10 * row["seed"]
+    first, _ = example.correlations(apart)
+    assert (first["rank_correlation"], first["p_value"]) == pytest.approx((1, 2 / 120**2))
+    first, _ = example.correlations([row for row in apart if row["seed"] == 0])
+    assert first["rank_correlation"] == pytest.approx(1)
+    assert np.isnan(first["p_value"])  # one seed cannot tell
     first, _ = example.correlations(responses(example, lambda share: abs(share - 0.5)))
     assert abs(first["rank_correlation"]) < 0.2
     assert not first["every_step"]
