@@ -122,8 +122,8 @@ def correlations(rows):
 def within_seeds(values):
     """Mean over seeds of the rank correlation along ``values`` (seeds, switches), and Page's two-sided p.
 
-    Seeds lie apart by more than the switch moves a layer: ranked all together they would hide it.  The test
-    needs two seeds: nan with one.
+    Seeds lie apart by more than the switch moves most layers: ranked all together they would hide it.  The
+    test needs two seeds: nan with one.
     """
     rho = np.mean([spearmanr(SHARES, one).statistic for one in values])
     if len(values) < 2:
@@ -164,10 +164,8 @@ def report(rows, found, far):
         )
     towards, every = (sum(row[key] for row in found) for key in ("towards_cnn", "every_step"))
     clear = [row["towards_cnn"] for row in found if row["p_value"] < 0.05]
-    print(
-        f"Towards the CNN at {towards} of {len(found)} depths, at {sum(clear)} of the {len(clear)} "
-        f"with p < 0.05, at every step at {every}."
-    )
+    said = f", at {sum(clear)} of the {len(clear)} with p < 0.05" if clear else ""
+    print(f"Towards the CNN at {towards} of {len(found)} depths{said}, at every step at {every}.")
     print("Mean distance of the curves over depths, to the CNN of the same seed, of others, and to the ViT")
     for share in SHARES:
         means = (
